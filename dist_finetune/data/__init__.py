@@ -1,0 +1,1 @@
+"""From files, folders and hub ids to encoded rows: reading, checks, tokenising, image transforms, batches."""

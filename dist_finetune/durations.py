@@ -1,0 +1,18 @@
+"""Lengths of time as people write them: "30 min", "90s", "1.5 h"."""
+
+import re
+from typing import Any
+
+SECONDS_PER_UNIT = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "day": 86400}
+
+
+def parse_duration_s(value: Any) -> Any:
+    """Seconds of a duration such as "30 min"; a plain number is seconds. Anything else is returned for pydantic to refuse."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if value <= 0:
+            raise ValueError(f"a duration must be above 0, not {value}")
+        return float(value)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*?)s?\s*", str(value).lower())
+    if not found or (found[2] or "s") not in SECONDS_PER_UNIT or float(found[1]) <= 0:
+        raise ValueError(f'{value!r} is no duration; write a number and s, min, h or day, such as "30 min"')
+    return float(found[1]) * SECONDS_PER_UNIT[found[2] or "s"]

@@ -1,0 +1,199 @@
+"""What the user asked for: the config file as checked, frozen pydantic models.
+
+Reading a spec imports neither torch nor transformers, so that `--help` and a config error answer at once.
+`dist_finetune.spec_file` reads YAML and overrides into these models and words the errors.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from dist_finetune.durations import parse_duration_s
+
+Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
+FREEZE_WORDS = ("none", "backbone", "norms", "bias-only", "all-but-last N")
+
+
+def _as_layers(value: Any) -> Any:
+    """`layers: 3` and `layers: [1, 2]` mean the same as their string forms."""
+    if isinstance(value, bool):
+        raise ValueError('layers takes block numbers such as "0-5", not true or false; every block is "all"')
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return ",".join(str(v) for v in value)
+    return value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+DurationS = Annotated[float, BeforeValidator(parse_duration_s)]
+PositiveInt = Annotated[int, Field(gt=0)]
+AutoOrPositive = Literal["auto"] | PositiveInt
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSpec(Section):
+    name: str
+    """A transformers hub id or local folder, `timm:NAME`, `torchvision:NAME`, `demo:NAME` or `module:function`."""
+    weights: str = "pretrained"
+    """`pretrained`, `none` (random), or a .safetensors / .pth file of weights."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout probability everywhere in the model; null keeps the model's own. 0.0 makes runs comparable."""
+    trust_remote_code: bool = False
+    """Run model code that a hub repository ships. Off unless you trust that repository."""
+
+
+class DataSpec(Section):
+    train: StringList
+    """Hub id, file(s) .csv .tsv .json .jsonl .parquet .arrow, a folder of class folders, or `builtin:NAME`."""
+    validation: Annotated[float, Field(gt=0, lt=1)] | StringList = 0.1
+    """The same kinds as `train`, or the fraction of `train` to hold out (stratified, seeded)."""
+    test: StringList | None = None
+    """Evaluated once, after training."""
+    columns: tuple[str, ...] | None = None
+    """Names of the columns of .csv / .tsv files that have no header line."""
+    text: StringList | None = None
+    """Text column, or two columns for a pair. Found by itself where unambiguous."""
+    image: str | None = None
+    """Image column. Found by itself where unambiguous."""
+    label: str | None = None
+    """Label column. Found by itself where unambiguous."""
+    max_rows: PositiveInt | None = None
+    """Use only so many training rows (a seeded sample)."""
+    max_length: PositiveInt | None = None
+    """Tokens a text is cut to; left out: the model's limit, at most 512."""
+    image_size: PositiveInt | None = None
+    """Pixels a side; left out: what the model was trained on."""
+    augment: bool = False
+    """Random crops and flips of training images, seeded for each sample."""
+    num_workers: Annotated[int, Field(ge=0)] | None = None
+    """Loader processes a rank; left out: 0 for text and on the CPU, up to 8 for images on a GPU."""
+
+
+class FreezeSpec(Section):
+    rule: str = "none"
+    """A ready word: none, backbone, norms, bias-only, all-but-last N."""
+    embeddings: bool = False
+    """Freeze the embeddings of a BERT, the stem of a CNN."""
+    layers: Annotated[str | None, BeforeValidator(_as_layers)] = None
+    """Block numbers from 0: "1,2,3", "0-5,9", "-1", "first 6", "last 2", "50%", "all"."""
+    patterns: StringList = ()
+    """Globs over whole dotted segments of parameter names, such as `*.LayerNorm.*`."""
+    except_: StringList = Field(default=(), alias="except")
+    """Globs that stay trainable; they win over all other rules."""
+    mode: Literal["eval", "train"] = "eval"
+    """How frozen BatchNorm and dropout behave."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_by_name=True)
+
+    def is_none(self) -> bool:
+        """True where no rule freezes anything."""
+        return self.rule == "none" and not (self.embeddings or self.layers or self.patterns)
+
+
+class TrainSpec(Section):
+    epochs: Annotated[float, Field(gt=0)] = 3
+    """Passes over the training data; a fraction ends inside an epoch."""
+    max_steps: PositiveInt | None = None
+    """End sooner, after so many optimizer steps; the schedule spans what will really run."""
+    global_batch_size: PositiveInt = 32
+    """Samples an optimizer step takes over all ranks; accumulation is derived from it."""
+    micro_batch_size: AutoOrPositive = "auto"
+    """Samples one forward pass takes on one rank."""
+    eval_batch_size: AutoOrPositive = "auto"
+    """Samples one evaluation pass takes on one rank."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of pre-trained weights; left out: 5e-5 for a transformer, 1e-3 for a CNN."""
+    head_lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the new head; left out: the same as `lr`."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Multiplies `lr` once more for each block further from the head, counted on the full depth."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Annotated[float, Field(ge=0)] = 0.06
+    """Below 1: fraction of all steps; from 1: a number of steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW weight decay of matrices and kernels; biases and norms have none."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Clip the global gradient norm; null for no clipping."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on GPUs that have it, else fp32."""
+    early_stop: PositiveInt | None = None
+    """Stop after so many epochs without a better validation score."""
+    log_every: PositiveInt = 10
+    """Optimizer steps between two lines of metrics."""
+
+    @field_validator("warmup")
+    @classmethod
+    def _whole_steps(cls, warmup: float) -> float:
+        if warmup >= 1 and warmup != int(warmup):
+            raise ValueError(f"{warmup} is neither a fraction below 1 nor a whole number of steps")
+        return warmup
+
+
+class ShardSpec(Section):
+    strategy: Literal["auto"] | Strategy = "auto"
+    """How training state is spread over ranks; auto takes the cheapest that fits and says why."""
+    deepspeed: dict[str, Any] = {}
+    """Extra DeepSpeed keys; refused where they contradict the plan."""
+
+
+class TrackSpec(Section):
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online when logged in, else offline."""
+    project: str = "dist-finetune"
+    entity: str | None = None
+    tensorboard: bool = False
+    """Also write TensorBoard event files (needs the tensorboard package)."""
+
+
+class LaunchSpec(Section):
+    cpu_threads: AutoOrPositive = "auto"
+    """Threads a rank uses for CPU work; auto: cores of the node divided by its ranks."""
+    timeout: DurationS = 1800.0
+    """Seconds (or "30 min") that a collective waits for an absent rank."""
+
+
+class Spec(Section):
+    """A whole config file."""
+
+    model: ModelSpec
+    data: DataSpec
+    task: Literal["classification"] | None = None
+    """Found from the data when left out."""
+    freeze: FreezeSpec = FreezeSpec()
+    train: TrainSpec = TrainSpec()
+    shard: ShardSpec = ShardSpec()
+    track: TrackSpec = TrackSpec()
+    launch: LaunchSpec = LaunchSpec()
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    """Name of the run; its folder is <output>/<name>."""
+    output: str = "runs"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ready_words(cls, raw: Any) -> Any:
+        """`freeze: backbone` is short for `freeze: {rule: backbone}`."""
+        if isinstance(raw, dict):
+            freeze = raw.get("freeze", {})
+            if freeze is None:
+                raw = {**raw, "freeze": {}}
+            elif isinstance(freeze, str):
+                raw = {**raw, "freeze": {"rule": freeze}}
+        return raw
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, name: str) -> str:
+        if name in {".", ".."} or any(c in name for c in "/\\\0") or any(ord(c) < 32 for c in name):
+            raise ValueError(f"{name!r} can't name one folder; use letters, digits, '-', '_' and '.'")
+        return name
