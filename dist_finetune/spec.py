@@ -4,11 +4,13 @@ Reading a spec imports neither torch nor transformers, so that `--help` and a co
 `dist_finetune.spec_file` reads YAML and overrides into these models and words the errors.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from dist_finetune.durations import parse_duration_s
+from dist_finetune.errors import did_you_mean
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
 FREEZE_WORDS = ("none", "backbone", "norms", "bias-only", "all-but-last N")
@@ -16,8 +18,6 @@ FREEZE_WORDS = ("none", "backbone", "norms", "bias-only", "all-but-last N")
 
 def _as_layers(value: Any) -> Any:
     """`layers: 3` and `layers: [1, 2]` mean the same as their string forms."""
-    if isinstance(value, bool):
-        raise ValueError('layers takes block numbers such as "0-5", not true or false; every block is "all"')
     if isinstance(value, int):
         return str(value)
     if isinstance(value, (list, tuple)):
@@ -26,17 +26,57 @@ def _as_layers(value: Any) -> Any:
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, (str, int, float)) else value
 
 
-StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
-DurationS = Annotated[float, BeforeValidator(parse_duration_s)]
+def _fraction_or_sources(value: Any) -> Any:
+    """One check for both forms of `data.validation`, so that a wrong value is one problem and not one for each form."""
+    if isinstance(value, (int, float)):
+        if not 0 < value < 1:
+            raise ValueError(f"{value} is no fraction of the training data; it must lie between 0 and 1, such as 0.1")
+        return float(value)
+    sources = [value] if isinstance(value, str) else value
+    if not isinstance(sources, (list, tuple)) or not sources or not all(isinstance(s, str) for s in sources):
+        raise ValueError(f"takes a fraction such as 0.1, or files or a data set as data.train does (got {value!r})")
+    return tuple(sources)
+
+
+def _section(value: Any) -> Any:
+    """A section whose keys are all commented out is one with every default."""
+    return {} if value is None else value
+
+
+def _freeze_section(value: Any) -> Any:
+    """`freeze: backbone` is short for `freeze: {rule: backbone}`."""
+    return {"rule": value} if isinstance(value, str) else _section(value)
+
+
+StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+Layers = Annotated[str | None, BeforeValidator(_as_layers, json_schema_input_type=int | str | list[int | str] | None)]
+FractionOrSources = Annotated[
+    float | tuple[str, ...], BeforeValidator(_fraction_or_sources, json_schema_input_type=float | str | list[str])
+]
+DurationS = Annotated[float, BeforeValidator(parse_duration_s, json_schema_input_type=float | str)]
 PositiveInt = Annotated[int, Field(gt=0)]
 AutoOrPositive = Literal["auto"] | PositiveInt
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    """Base of all sections: unknown keys are errors, values don't change after the check."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts true as 1, so `epochs: true` would pass as one epoch."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:
+            meaning = f" It takes: {field.description}" if field.description else ""
+            raise ValueError(f"{str(value).lower()} has no meaning here.{meaning}")
+        return value
 
 
 class ModelSpec(Section):
@@ -55,7 +95,7 @@ class ModelSpec(Section):
 class DataSpec(Section):
     train: StringList
     """Hub id, file(s) .csv .tsv .json .jsonl .parquet .arrow, a folder of class folders, or `builtin:NAME`."""
-    validation: Annotated[float, Field(gt=0, lt=1)] | StringList = 0.1
+    validation: FractionOrSources = 0.1
     """The same kinds as `train`, or the fraction of `train` to hold out (stratified, seeded)."""
     test: StringList | None = None
     """Evaluated once, after training."""
@@ -84,7 +124,7 @@ class FreezeSpec(Section):
     """A ready word: none, backbone, norms, bias-only, all-but-last N."""
     embeddings: bool = False
     """Freeze the embeddings of a BERT, the stem of a CNN."""
-    layers: Annotated[str | None, BeforeValidator(_as_layers)] = None
+    layers: Layers = None
     """Block numbers from 0: "1,2,3", "0-5,9", "-1", "first 6", "last 2", "50%", "all"."""
     patterns: StringList = ()
     """Globs over whole dotted segments of parameter names, such as `*.LayerNorm.*`."""
@@ -93,7 +133,15 @@ class FreezeSpec(Section):
     mode: Literal["eval", "train"] = "eval"
     """How frozen BatchNorm and dropout behave."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_by_name=True)
+    # Code may write FreezeSpec(except_=...), since `except` is a word of Python's own.
+    model_config = ConfigDict(**Section.model_config, validate_by_name=True)
+
+    @field_validator("rule")
+    @classmethod
+    def _ready_word(cls, rule: str) -> str:
+        if rule not in FREEZE_WORDS[:-1] and not re.fullmatch(r"all-but-last\s+\d+", rule):
+            raise ValueError(f"{rule!r} is no ready word. {did_you_mean(rule, FREEZE_WORDS)}")
+        return rule
 
     def is_none(self) -> bool:
         """True where no rule freezes anything."""
@@ -166,30 +214,24 @@ class LaunchSpec(Section):
 class Spec(Section):
     """A whole config file."""
 
-    model: ModelSpec
-    data: DataSpec
+    model: Annotated[ModelSpec, BeforeValidator(_section)]
+    """Which model, and its weights, such as `model: {name: bert-base-uncased}`."""
+    data: Annotated[DataSpec, BeforeValidator(_section)]
+    """What to train and to evaluate on, such as `data: {train: rows.csv}`."""
     task: Literal["classification"] | None = None
     """Found from the data when left out."""
-    freeze: FreezeSpec = FreezeSpec()
-    train: TrainSpec = TrainSpec()
-    shard: ShardSpec = ShardSpec()
-    track: TrackSpec = TrackSpec()
-    launch: LaunchSpec = LaunchSpec()
+    freeze: Annotated[FreezeSpec, BeforeValidator(_freeze_section, json_schema_input_type=FreezeSpec | str | None)] = (
+        FreezeSpec()
+    )
+    """A ready word (none, backbone, norms, bias-only, all-but-last N) or rules; left out: nothing is frozen."""
+    train: Annotated[TrainSpec, BeforeValidator(_section)] = TrainSpec()
+    shard: Annotated[ShardSpec, BeforeValidator(_section)] = ShardSpec()
+    track: Annotated[TrackSpec, BeforeValidator(_section)] = TrackSpec()
+    launch: Annotated[LaunchSpec, BeforeValidator(_section)] = LaunchSpec()
     name: Annotated[str, Field(min_length=1, max_length=100)]
-    """Name of the run; its folder is <output>/<name>."""
+    """Name of the run; its folder is <output>/<name>. Found from the config's file name when left out."""
     output: str = "runs"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _ready_words(cls, raw: Any) -> Any:
-        """`freeze: backbone` is short for `freeze: {rule: backbone}`."""
-        if isinstance(raw, dict):
-            freeze = raw.get("freeze", {})
-            if freeze is None:
-                raw = {**raw, "freeze": {}}
-            elif isinstance(freeze, str):
-                raw = {**raw, "freeze": {"rule": freeze}}
-        return raw
+    """Folder that holds the folders of all runs."""
 
     @field_validator("name")
     @classmethod

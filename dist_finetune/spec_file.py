@@ -1,16 +1,36 @@
 """From a YAML file and `key=value` overrides to a checked `Spec`; every problem is reported at once, with its line."""
 
+import datetime
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.scalarbool import ScalarBoolean
 
-from dist_finetune.errors import UserError, did_you_mean
+from dist_finetune.errors import UserError, did_you_mean, nearest
 from dist_finetune.spec import Spec
+
+# Beginnings of pydantic's problem types, and what the key would have taken.
+EXPECTED_WORDS = {
+    "int_": "a whole number",
+    "float_": "a number",
+    "finite_number": "a finite number",
+    "bool_": "true or false",
+    "string_too_long": "at most {max_length} characters",
+    "string_too_short": "at least {min_length} character",
+    "string_": "a text",
+    "tuple_": "a list",
+    "greater_than_equal": "a number from {ge} up",
+    "greater_than": "a number above {gt}",
+    "less_than_equal": "a number up to {le}",
+    "less_than": "a number below {lt}",
+}
 
 
 def load_spec(config: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Spec:
@@ -23,20 +43,24 @@ def load_spec(config: str | Path | dict[str, Any], overrides: Sequence[str] = ()
     else:
         raw, where = _read_yaml(Path(config)), str(config)
         raw.setdefault("name", Path(config).stem)
-    changed = [_apply_override(raw, item) for item in overrides]
+    lines, changed = [], []
+    for item in overrides:
+        try:
+            changed.append(_apply_override(raw, item))
+        except UserError as problem:
+            lines.append(f"override {problem}")
     try:
-        return Spec.model_validate(_plain(raw))
+        spec = Spec.model_validate(_plain(raw))
     except ValidationError as problems:
-        lines = [_describe(raw, problem, where, changed) for problem in problems.errors()]
-        unique = list(dict.fromkeys(lines))
-        count = "1 problem" if len(unique) == 1 else f"{len(unique)} problems"
-        raise UserError(f"{where}: {count}\n" + "\n".join(f"  {line}" for line in unique)) from None
+        lines += _describe_all(raw, problems, where, changed)
+    if lines:
+        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise UserError(f"{where}: {count}\n" + "\n".join(f"  {line}" for line in lines))
+    return spec
 
 
 def resolved_yaml(spec: Spec) -> str:
     """The spec as YAML text that `load_spec` reads back to an equal spec; every default is written out."""
-    from io import StringIO
-
     out = StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
@@ -82,35 +106,74 @@ def _apply_override(raw: dict[str, Any], item: str) -> str:
         node = node[part]
         if not isinstance(node, dict):
             parent = ".".join(parents[: i + 1])
-            raise UserError(f"{item!r}: the config sets {parent} to {node!r}, which has no keys; override {parent} as a whole")
+            raise UserError(
+                f"{item!r}: the config sets {parent} to {node!r}, which has no keys; override {parent} as a whole"
+            )
     node[last] = value
     return key
 
 
 def _plain(node: Any) -> Any:
-    """YAML containers as plain dicts, lists and values, so that a dump or an error shows nothing of the YAML library."""
+    """YAML containers and scalars as plain Python values, so that a dump or an error shows nothing of the YAML library."""
     if isinstance(node, dict):
         return {str(k): _plain(v) for k, v in node.items()}
     if isinstance(node, (list, tuple)):
         return [_plain(v) for v in node]
+    if isinstance(node, ScalarBoolean):
+        return bool(node)
+    if isinstance(node, datetime.date):
+        return str(node)
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
     return node
 
 
-def _describe(raw: Any, problem: Any, where: str, changed: Sequence[str]) -> str:
-    loc = [str(part) for part in problem["loc"]]
-    path = _existing_path(raw, loc)
+def _describe_all(raw: Any, problems: ValidationError, where: str, changed: Sequence[str]) -> list[str]:
+    """One line for each key that is wrong; pydantic reports one problem for each branch of a union."""
+    by_path: dict[tuple[str, ...], list[Any]] = {}
+    for problem in problems.errors():
+        loc = [str(part) for part in problem["loc"]]
+        path = tuple(loc) if problem["type"] == "missing" else tuple(_existing_path(raw, loc))
+        by_path.setdefault(path, []).append(problem)
+    return [_describe(raw, path, found, where, changed) for path, found in by_path.items()]
+
+
+def _describe(raw: Any, path: Sequence[str], problems: list[Any], where: str, changed: Sequence[str]) -> str:
     key = ".".join(path)
-    at = "override" if key in changed else _line(raw, path, where)
-    kind, value = problem["type"], problem.get("input")
-    if kind == "extra_forbidden":
-        return f"{at}: unknown key {key}. {did_you_mean(loc[-1], _known_keys(loc[:-1]))}"
+    overridden = any(c == key or key.startswith(f"{c}.") for c in changed)
+    at = "override" if overridden else _line(raw, path, where)
+    kind, value = problems[0]["type"], problems[0].get("input")
     if kind == "missing":
-        return f"{where}: {'.'.join(loc)} is required"
-    if kind == "literal_error":
-        valid = [v.strip(" '") for v in problem["ctx"]["expected"].replace(" or ", ",").split(",")]
-        return f"{at}: {key} can't be {value!r}. {did_you_mean(str(value), valid)} One of: {', '.join(valid)}."
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{at}: {key}: {message}" + ("" if kind == "value_error" else f" (got {value!r})")
+        doc = _field(path).description if _field(path) else None
+        return f"{at}: {key} is required." + (f" {doc}" if doc else "")
+    if kind == "extra_forbidden":
+        elsewhere = [f"{section}.{path[-1]}" for section in Spec.model_fields if path[-1] in _known_keys([section])]
+        hint = f"Did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
+        return f"{at}: unknown key {key}. {hint or did_you_mean(path[-1], _known_keys(path[:-1]))}"
+    if kind == "value_error":
+        return f"{at}: {key}: {problems[0]['msg'].removeprefix('Value error, ')}"
+    valid = [v for p in problems if p["type"] == "literal_error" for v in _literals(p)]
+    expected = [*valid, *(_expected(p, path) for p in problems if p["type"] != "literal_error")]
+    close = nearest(str(value), valid)
+    guess = f" Did you mean {' or '.join(close)}?" if close else ""
+    return f"{at}: {key} can't be {value!r}.{guess} It takes {' or '.join(expected)}."
+
+
+def _literals(problem: Any) -> list[str]:
+    return [v.strip(" '") for v in problem["ctx"]["expected"].replace(" or ", ",").split(",")]
+
+
+def _expected(problem: Any, path: Sequence[str]) -> str:
+    """What would have been right, in words, for one of pydantic's problems."""
+    kind, limits = problem["type"], problem.get("ctx", {})
+    if kind in ("model_type", "dict_type"):
+        keys = ", ".join(_known_keys(path)[:4])
+        return f"a section of keys, such as {keys}" if keys else "a mapping of keys"
+    for prefix, words in EXPECTED_WORDS.items():
+        if kind.startswith(prefix):
+            return words.format(**limits)
+    return f"something else: {problem['msg']}"
 
 
 def _existing_path(raw: Any, loc: Sequence[str]) -> list[str]:
@@ -145,14 +208,22 @@ def _line(raw: Any, path: Sequence[str], where: str) -> str:
     return f"{where}:{line}" if line else where
 
 
-def _known_keys(parents: Sequence[str]) -> list[str]:
-    """Keys that the section at dotted path `parents` knows."""
-    section: type[BaseModel] = Spec
-    for part in parents:
-        field = next((f for n, f in section.model_fields.items() if part in (n, f.alias)), None)
-        options = [field.annotation, *get_args(field.annotation)] if field else []
-        models = [t for t in options if isinstance(t, type) and issubclass(t, BaseModel)]
-        if not models:
-            return []
-        section = models[0]
-    return [field.alias or name for name, field in section.model_fields.items()]
+def _known_keys(path: Sequence[str]) -> list[str]:
+    """Keys that the section at `path` knows; none where `path` is not a section."""
+    section = _section(path)
+    return [field.alias or name for name, field in section.model_fields.items()] if section else []
+
+
+def _field(path: Sequence[str]) -> FieldInfo | None:
+    section = _section(path[:-1])
+    fields = section.model_fields.items() if section else ()
+    return next((field for name, field in fields if path[-1] in (name, field.alias)), None)
+
+
+def _section(path: Sequence[str]) -> type[BaseModel] | None:
+    """The pydantic model that checks the section at `path`."""
+    if not path:
+        return Spec
+    field = _field(path)
+    options = [field.annotation, *get_args(field.annotation)] if field else []
+    return next((t for t in options if isinstance(t, type) and issubclass(t, BaseModel)), None)
