@@ -1,0 +1,226 @@
+"""The command line. Heavy imports stay inside the commands, so that `--help` and a wrong config answer at once."""
+
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dist_finetune import __version__
+from dist_finetune.errors import DistFinetuneError, PlanError, UserError
+from dist_finetune.launchers.brought import brought_settings
+from dist_finetune.launchers.environment import refuse_run_in_many
+from dist_finetune.launchers.local import count_gpus, launch_local, num_workers
+
+if TYPE_CHECKING:
+    from dist_finetune.spec import Spec
+
+LOCAL_RANK_FLAG = re.compile(r"--local[_-]rank(=\d+)?")
+BYTES_PER_UNIT = {
+    "b": 1,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+}
+
+app = typer.Typer(
+    help="Fine-tune large BERTs and CNNs over many GPUs, with the frozen layers truly frozen.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="The config file (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Overrides by dotted key, such as train.lr=3e-5.", show_default=False),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; a run folder of the same name is kept aside.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command and ends the process: exit code 0 done, 1 failed, 2 wrong input, 75 stopped and resumable."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        app(_without_launcher_flags(given))
+    except DistFinetuneError as error:
+        if debug:
+            traceback.print_exc()
+        # One write, so that lines of several ranks on one terminal don't mix.
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _without_launcher_flags(arguments: list[str]) -> list[str]:
+    """The user's own arguments: `deepspeed` puts --local_rank=N first, and sets LOCAL_RANK as well."""
+    kept, words = [], iter(arguments)
+    for word in words:
+        found = LOCAL_RANK_FLAG.fullmatch(word)
+        if not found:
+            kept.append(word)
+        elif not found[1]:
+            next(words, None)
+    brought = brought_settings({}, kept)
+    if brought:
+        flag, value = next(iter(brought.items()))
+        raise UserError(
+            f"{flag} {value}: DeepSpeed's settings follow from the config. Put extra keys under shard.deepspeed of the "
+            "config, and leave the flag out."
+        )
+    return kept
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dist-finetune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="Use so many GPUs; left out: all visible ones.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Start so many processes; with GPUs each has one, without any the default is 1.")
+    ] = None,
+    fresh: Fresh = False,
+) -> None:
+    """Train on this machine: all visible GPUs, or CPU processes where there are none."""
+    refuse_run_in_many(os.environ)
+    spec = _load(config, overrides)
+    world_size = num_workers(gpus, processes, count_gpus())
+    folder = Path(spec.output) / spec.name
+    before = _identity(folder) if fresh else None
+
+    def folder_ready() -> bool:
+        return (folder / "config.yaml").exists() and _identity(folder) != before
+
+    debug = ["--debug"] if "--debug" in sys.argv else []
+    worker = [sys.executable, "-m", "dist_finetune", *debug, "train", config, *(overrides or ())]
+    raise typer.Exit(
+        launch_local([*worker, *(["--fresh"] if fresh else [])], world_size, folder / "logs", folder_ready)
+    )
+
+
+def _identity(folder: Path) -> int | None:
+    """Tells a folder from another that took its name."""
+    return folder.stat().st_ino if folder.exists() else None
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Be one worker of the job that torchrun, accelerate launch, deepspeed or srun started; alone, a job of one."""
+    spec = _load(config, overrides)
+    from dist_finetune.run import train as train_rank
+
+    train_rank(spec, fresh=fresh)
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each machine.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Memory of a GPU, such as 80GiB.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON.")] = False,
+    params: Annotated[bool, typer.Option("--params", help="List every parameter.")] = False,
+) -> None:
+    """Show what a run would freeze, train and need, without GPU and weights; exit code 1 if it doesn't fit."""
+    spec = _load(config, overrides)
+    memory = _parse_bytes(gpu_memory) if gpu_memory else None
+    from dist_finetune.plan import Topology, local_topology, make_plan
+    from dist_finetune.plan_text import render_plan
+
+    here = local_topology(gpus_per_node or 1, nodes)
+    asks_for_gpus = gpus_per_node is not None or memory is not None
+    topology = (
+        Topology(nodes, gpus_per_node or 1, "cuda", memory or here.device_memory_bytes) if asks_for_gpus else here
+    )
+    planned = make_plan(spec, topology)
+    if as_json:
+        typer.echo(json.dumps(planned.to_json(), indent=1))
+    else:
+        _show(render_plan(planned, params=params))
+    needed, limit = planned.memory[planned.strategy].total, planned.topology.device_memory_bytes
+    if limit is not None and needed > limit:
+        raise PlanError(
+            f"{planned.strategy} needs {needed / 2**30:.1f} GiB a GPU before any activation, and a GPU has "
+            f"{limit / 2**30:.1f} GiB: freeze more, use more GPUs, or shard.strategy: zero3"
+        )
+
+
+@app.command()
+def inspect(model: Annotated[str, typer.Argument(metavar="MODEL", help="As model.name in a config.")]) -> None:
+    """Show a model's structure as freeze rules name it: embeddings or stem, numbered blocks, head, tied tensors."""
+    import torch
+
+    from dist_finetune.models.sources import build_model, describe_model
+    from dist_finetune.models.structure import render_structure, structure_of
+    from dist_finetune.spec import ModelSpec
+
+    spec = ModelSpec(name=model)
+    card = describe_model(spec)
+    with torch.device("meta"):
+        built = build_model(card, spec, ("0", "1"))
+    _show(render_structure(structure_of(built)))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the config, for completion in an editor."""
+    from dist_finetune.spec import Spec
+
+    content = Spec.model_json_schema()
+    # A file without a name takes its own.
+    content["required"] = [key for key in content["required"] if key != "name"]
+    typer.echo(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **content}, indent=2))
+
+
+def _load(config: str, overrides: Sequence[str] | None) -> "Spec":
+    # Building the models of the config takes half of what `--help` may take.
+    from dist_finetune.spec_file import load_spec
+
+    return load_spec(config, overrides or ())
+
+
+def _show(rendered: Any) -> None:
+    """Plain text as it is; anything else as rich draws it on this terminal."""
+    if isinstance(rendered, str):
+        typer.echo(rendered)
+    else:
+        from rich.console import Console
+
+        Console().print(rendered)
+
+
+def _parse_bytes(text: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
+    unit = BYTES_PER_UNIT.get(found[2]) if found else None
+    if not found or not unit or float(found[1]) == 0:
+        raise UserError(f"--gpu-memory {text}: write a number and MiB, GiB, MB or GB, such as 80GiB")
+    return int(float(found[1]) * unit)
