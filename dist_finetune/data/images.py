@@ -1,7 +1,8 @@
 """Images as tensors: evaluation and augmentation transforms, and the map-style data set that applies them.
 
-Evaluation repeats the transform a timm model was measured with: resize the short side, centre crop, normalise. Augmentation
-draws its numbers from (seed, epoch, index) alone, so that a sample looks the same at any world size and worker count.
+Evaluation repeats the transform a timm model was measured with: resize the short side, centre crop, normalise.
+Augmentation draws its numbers from (seed, epoch, index) alone, so that a sample looks the same at any world size and
+worker count.
 """
 
 import io
@@ -19,8 +20,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-# Areas and aspect ratios of a random crop. Wider than half the image on average: fine-tuning sets are small, and crops of a
-# few percent, right for a thousand ImageNet epochs, often miss the object.
+from dist_finetune.data.arrow import column_values
+
+# Areas and aspect ratios of a random crop. More than half of the image on average: fine-tuning sets are small, and
+# crops of a few percent, right for hundreds of ImageNet epochs, often miss the object.
 CROP_AREA = (0.25, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 CACHE_BYTES = 2**30
@@ -59,7 +62,7 @@ def evaluation_pixels(image: Image.Image, image_input: ImageInput) -> Tensor:
 
 
 def augmented_pixels(image: Image.Image, image_input: ImageInput, seed: int, epoch: int, index: int) -> Tensor:
-    """uint8 (C, H, W): a random resized crop, flipped half of the time; a pure function of image, seed, epoch and index."""
+    """uint8 (C, H, W): a random resized crop, flipped half of the time; pure in image, seed, epoch and index."""
     draw = random.Random(f"{seed}/{epoch}/{index}")
     top, left, height, width = _random_crop(image.height, image.width, draw)
     mode = InterpolationMode(image_input.interpolation)
@@ -86,7 +89,7 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
         self, table: Dataset, image_input: ImageInput, augment: bool, seed: int, cache_bytes: int = CACHE_BYTES
     ) -> None:
         self.table = table.cast_column("image", ImageFeature(decode=False)).with_format(None)
-        self.labels: list[int] = list(table["label"])
+        self.labels: list[int] = column_values(table, "label")
         self.image_input = image_input
         self.augment = augment
         self.seed = seed

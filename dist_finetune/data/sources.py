@@ -1,0 +1,219 @@
+"""What `data.train`, `data.validation` and `data.test` can name, each read into one table that knows its files.
+
+Kinds: files, a folder of class folders, a folder that `datasets` saved, `builtin:NAME`, and a hub id. A hub id may
+carry a config and a split, `nyu-mll/glue:sst2[validation]`; a saved folder may carry a split.
+"""
+
+import glob
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Image as ImageFeature
+
+from dist_finetune.data.arrow import column_values, in_memory
+from dist_finetune.data.builtin import read_builtin
+from dist_finetune.data.files import DELIMITERS, SUFFIXES, missing_path, read_file
+from dist_finetune.data.hub import load_from_hub
+from dist_finetune.errors import UserError, did_you_mean
+
+# Splits that a role takes when none is named, best first.
+ROLE_SPLITS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev", "test"), "test": ("test",)}
+SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "dev", "test"}
+MAX_PLACES = 8  # rows a message names
+IGNORED_FILES = {"thumbs.db", "desktop.ini"}
+
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:\[(?P<split>[\w.+-]+)\])?")
+_SAVED = re.compile(r"(?P<folder>.+?)(?:\[(?P<split>[\w.+-]+)\])?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split as read. `files` lists (name, rows) in order, so that a row number can be told as file and row."""
+
+    table: Dataset
+    files: tuple[tuple[str, int], ...]
+
+    @property
+    def names(self) -> str:
+        """The files (or other items) as one phrase."""
+        names = [name for name, _ in self.files]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    def places(self, rows: Sequence[int]) -> str:
+        """`train.csv row 3, row 7` for ascending rows counted from 0 over all files; in words they count from 1."""
+        parts: list[str] = []
+        start, told = 0, None
+        for name, num_rows in self.files:
+            for row in rows[:MAX_PLACES]:
+                if start <= row < start + num_rows:
+                    parts.append(f"{'' if told == name else name + ' '}row {row - start + 1}")
+                    told = name
+            start += num_rows
+        more = f" and {len(rows) - MAX_PLACES} more" if len(rows) > MAX_PLACES else ""
+        return ", ".join(parts) + more
+
+
+def read_source(items: Sequence[str], role: str, columns: Sequence[str] | None = None) -> Source:
+    """The rows of all `items` of `data.<role>` (train, validation or test), in order.
+
+    Raises UserError where something is missing, empty or malformed, or where items have different columns.
+    """
+    key = f"data.{role}"
+    names = [path for item in items for path in _expand(item, key)]
+    if not names:
+        raise UserError(f"{key} is empty; name a file, a folder, a hub id or builtin:NAME")
+    sources = [_read_one(name, role, columns) for name in names]
+    first = sources[0]
+    for name, source in zip(names[1:], sources[1:], strict=True):
+        if set(source.table.column_names) != set(first.table.column_names):
+            raise UserError(
+                f"{key}: {name} has columns {', '.join(source.table.column_names)}, "
+                f"{names[0]} has {', '.join(first.table.column_names)}; files read together need the same columns"
+            )
+    if len(sources) == 1:
+        return first
+    try:
+        table = datasets.concatenate_datasets([source.table for source in sources])
+    except (ValueError, TypeError, pa.ArrowInvalid) as error:
+        raise UserError(f"{key}: {', '.join(names)} hold different kinds of values: {error}") from None
+    return Source(table, tuple(file for source in sources for file in source.files))
+
+
+def paths_as_images(source: Source, column: str) -> Dataset:
+    """The source's table with `column`, file paths that count from the folder of the file they stand in, as images."""
+    feature = source.table.features[column]
+    if not isinstance(feature, Value) or feature.dtype != "string":
+        raise UserError(
+            f"{source.names}: data.image={column}: the column holds neither images nor paths of image files"
+        )
+    paths = column_values(source.table, column)
+    folders = [Path(name).expanduser().parent for name, num_rows in source.files for _ in range(num_rows)]
+    cells = [path and {"bytes": None, "path": str(folder / path)} for folder, path in zip(folders, paths, strict=True)]
+    return source.table.remove_columns(column).add_column(column, cells, feature=ImageFeature())
+
+
+def _read_one(item: str, role: str, columns: Sequence[str] | None) -> Source:
+    key = f"data.{role}"
+    if item.startswith("builtin:"):
+        table = read_builtin(item.removeprefix("builtin:"))
+        return Source(table, ((item, len(table)),))
+    path = Path(item).expanduser()
+    if path.is_file():
+        table = in_memory(read_file(path, columns if path.suffix.lower() in DELIMITERS else None))
+        return Source(table, ((item, len(table)),))
+    if path.is_dir():
+        return _read_folder(path, item, role, split=None)
+    saved = _SAVED.fullmatch(item)
+    if saved and saved["split"] and Path(saved["folder"]).expanduser().is_dir():
+        return _read_folder(Path(saved["folder"]).expanduser(), item, role, saved["split"])
+    hub = _HUB_ID.fullmatch(item)
+    # A name with a data suffix, or below a folder that exists here, was meant as a path.
+    is_path = (
+        _suffix(item) in SUFFIXES
+        or item.startswith((".", "/", "~"))
+        or (path.parent != Path() and path.parent.is_dir())
+    )
+    if is_path or hub is None:
+        raise missing_path(path, key)
+    found = load_from_hub(hub["id"], hub["config"], key)
+    return _split_of(found, hub["split"], item, role)
+
+
+def _expand(item: str, key: str) -> list[str]:
+    """The files of a glob such as `data/*.csv`, sorted; any other item as it is."""
+    if not re.search(r"[*?]", item):
+        return [item]
+    found = sorted(glob.glob(str(Path(item).expanduser())))  # noqa: PTH207 - a pattern may be absolute
+    if not found:
+        raise UserError(f"{key}: no file matches {item} (looked from {Path.cwd()})")
+    return found
+
+
+def _suffix(item: str) -> str:
+    return Path(item).suffix.lower()
+
+
+def _read_folder(path: Path, item: str, role: str, split: str | None) -> Source:
+    key = f"data.{role}"
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        try:
+            saved = datasets.load_from_disk(str(path))
+        except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
+            raise UserError(f"{key}: {path} looks like a folder of save_to_disk, but can't be read: {error}") from None
+        return _split_of(saved, split, item, role)
+    if split is not None:
+        raise UserError(
+            f"{key}: {item}: [{split}] picks a split of a folder of save_to_disk, and {path} is none; leave it out"
+        )
+    inside = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
+    folders = [entry for entry in inside if entry.is_dir()]
+    files = [entry for entry in inside if entry.suffix.lower() in SUFFIXES]
+    if not folders and files:
+        raise UserError(
+            f"{key}: {path} is a folder of files; name the files, such as {files[0]} or {path}/*{files[0].suffix}"
+        )
+    if not folders:
+        raise UserError(f"{key}: {path} has no class folders; images are laid out as {path}/CLASS/IMAGE.jpg")
+    if {folder.name.lower() for folder in folders} <= SPLIT_FOLDERS:
+        lines = {_role_of(folder.name): folder for folder in reversed(folders)}
+        wanted = ", ".join(f"data.{name}: {folder}" for name, folder in sorted(lines.items()))
+        raise UserError(f"{key}: {path} holds splits, not classes; write {wanted}")
+    return _read_class_folders(folders, key)
+
+
+def _role_of(folder: str) -> str:
+    name = folder.lower()
+    return "train" if name.startswith("train") else "test" if name == "test" else "validation"
+
+
+def _read_class_folders(folders: Sequence[Path], key: str) -> Source:
+    """Rows "image" (a path, decoded when used) and "label" (the class folder's name)."""
+    paths: list[str] = []
+    labels: list[str] = []
+    empty = []
+    for folder in folders:
+        images = [str(file) for file in sorted(_visible_files(folder))]
+        if not images:
+            empty.append(folder.name)
+        paths += images
+        labels += [folder.name] * len(images)
+    if empty:
+        raise UserError(f"{key}: no files in class folder {', '.join(empty)} of {folders[0].parent}; fill or remove it")
+    features = Features({"image": ImageFeature(), "label": Value("string")})
+    table = Dataset.from_dict(
+        {"image": [{"bytes": None, "path": p} for p in paths], "label": labels}, features=features
+    )
+    return Source(table, ((str(folders[0].parent), len(paths)),))
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    for file in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.is_file() and not hidden and file.name.lower() not in IGNORED_FILES:
+            yield file
+
+
+def _split_of(found: Dataset | DatasetDict, split: str | None, item: str, role: str) -> Source:
+    if isinstance(found, Dataset):
+        if split is not None:
+            raise UserError(f"data.{role}: {item}: there are no splits inside; leave [{split}] out")
+        table = found
+    else:
+        wanted = (split,) if split else ROLE_SPLITS[role]
+        name = next((name for name in wanted if name in found), None)
+        if name is None:
+            base = item.split("[")[0]
+            near = did_you_mean(wanted[0], found)
+            raise UserError(
+                f"data.{role}: {item} has no split {wanted[0]!r}. {near} It has: {', '.join(found)}; "
+                f"write data.{role}: {base}[SPLIT]"
+            )
+        table, item = found[name], f"{item.split('[')[0]}[{name}]"
+    if len(table) == 0:
+        raise UserError(f"data.{role}: {item}: no rows")
+    return Source(table, ((item, len(table)),))

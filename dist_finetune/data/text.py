@@ -1,0 +1,135 @@
+"""Text as token numbers: a whole split tokenised once into flat arrays, and batches padded from them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from dist_finetune.data.arrow import column_values
+
+ENCODE_ROWS = 4096  # rows a tokenizer call takes: enough to keep its threads busy, few enough to bound its Python lists
+
+
+@dataclass(frozen=True, eq=False)
+class TextRows(torch.utils.data.Dataset[dict[str, Any]]):
+    """Encoded rows; row i is `input_ids[offsets[i]:offsets[i + 1]]`, cut to the maximum length in `num_truncated` rows.
+
+    Indexing gives `{"input_ids": int32 (T,), ["token_type_ids": uint8 (T,),] "label": int}`.
+    """
+
+    input_ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    token_type_ids: NDArray[np.uint8] | None
+    labels: NDArray[np.int64]
+    num_truncated: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each row, (N,)."""
+        return np.diff(self.offsets).astype(np.int32)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        # Out of range must raise IndexError here, as the slice below would give an empty row.
+        row: dict[str, Any] = {"label": int(self.labels[index])}
+        index = int(index) % len(self.labels)
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        row["input_ids"] = self.input_ids[span]
+        if self.token_type_ids is not None:
+            row["token_type_ids"] = self.token_type_ids[span]
+        return row
+
+
+def encode_text(table: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TextRows:
+    """The rows of a table with columns "text", perhaps "text_pair", and "label", as tokens cut to `max_length`.
+
+    Token types are kept for pairs only: of a single text they are all zero, which models assume by themselves.
+    """
+    is_pair = "text_pair" in table.column_names
+    with_types = is_pair and "token_type_ids" in tokenizer.model_input_names
+    ids: list[NDArray[np.int32]] = []
+    types: list[NDArray[np.uint8]] = []
+    lengths: list[int] = []
+    num_truncated = 0
+    plain = table.with_format(None)
+    for start in range(0, len(table), ENCODE_ROWS):
+        rows = plain[start : start + ENCODE_ROWS]
+        texts = (rows["text"], rows["text_pair"]) if is_pair else (rows["text"],)
+        encoded = tokenizer(
+            *texts,
+            truncation=True,
+            max_length=max_length,
+            return_attention_mask=False,
+            return_token_type_ids=with_types,
+            verbose=False,
+        )
+        num_tokens = [len(row) for row in encoded["input_ids"]]
+        ids.append(np.fromiter(chain.from_iterable(encoded["input_ids"]), np.int32, sum(num_tokens)))
+        if with_types:
+            types.append(np.fromiter(chain.from_iterable(encoded["token_type_ids"]), np.uint8, sum(num_tokens)))
+        full = [i for i, count in enumerate(num_tokens) if count >= max_length]
+        num_truncated += _count_truncated(encoded, full, tokenizer, texts, max_length)
+        lengths += num_tokens
+    return TextRows(
+        input_ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        token_type_ids=np.concatenate(types) if types else None,
+        labels=np.asarray(column_values(table, "label"), dtype=np.int64),
+        num_truncated=num_truncated,
+    )
+
+
+def _count_truncated(
+    encoded: BatchEncoding,
+    full: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Sequence[str]],
+    max_length: int,
+) -> int:
+    """How many of the rows of `max_length` tokens lost some; a tokenizer in plain Python must be asked again."""
+    if not full:
+        return 0
+    if encoded.encodings is not None:
+        return sum(bool(encoded.encodings[i].overflowing) for i in full)
+    whole = tokenizer(*([column[i] for i in full] for column in texts), truncation=False, verbose=False)
+    return sum(len(row) > max_length for row in whole["input_ids"])
+
+
+def collate_text(
+    rows: Sequence[Mapping[str, Any]],
+    pad_token_id: int,
+    multiple_of: int = 8,
+    max_length: int | None = None,
+    padding_side: Literal["right", "left"] = "right",
+) -> dict[str, Any]:
+    """`{"inputs": {"input_ids", "attention_mask", ["token_type_ids"]}, "labels"}`: int64 (B, T) each, labels (B,).
+
+    T is the longest row rounded up to `multiple_of`, but never above `max_length`. `padding_side` is the tokenizer's:
+    models that read the last token, such as XLNet, need "left".
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+    width = -(-longest // multiple_of) * multiple_of
+    if max_length is not None:
+        width = max(longest, min(width, max_length))
+    columns = {"input_ids": np.full((len(rows), width), pad_token_id, np.int64)}
+    columns["attention_mask"] = np.zeros((len(rows), width), np.int64)
+    if "token_type_ids" in rows[0]:
+        columns["token_type_ids"] = np.zeros((len(rows), width), np.int64)
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        span = slice(0, length) if padding_side == "right" else slice(width - length, width)
+        columns["input_ids"][i, span] = row["input_ids"]
+        columns["attention_mask"][i, span] = 1
+        if "token_type_ids" in columns:
+            columns["token_type_ids"][i, span] = row["token_type_ids"]
+    inputs: dict[str, Tensor] = {name: torch.from_numpy(column) for name, column in columns.items()}
+    return {"inputs": inputs, "labels": torch.tensor([row["label"] for row in rows], dtype=torch.int64)}
