@@ -1,0 +1,65 @@
+"""How a model leaves: a folder that the library it came from loads without us, and `load_exported` for us."""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from dist_finetune.errors import UserError
+from dist_finetune.models import saved
+from dist_finetune.models.card import ModelCard
+from dist_finetune.models.load import load_model
+from dist_finetune.models.sources import describe_model
+from dist_finetune.models.timm_model import export_timm, timm_labels
+from dist_finetune.models.transformers_config import labels, read_config
+from dist_finetune.models.transformers_model import export_transformers
+from dist_finetune.models.weights import write_weights
+from dist_finetune.spec import ModelSpec
+
+
+def export_model(
+    card: ModelCard,
+    spec: ModelSpec,
+    classes: tuple[str, ...],
+    state_dict: dict[str, Tensor],
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Writes a complete model into `folder`, tensors bit for bit; `state_dict` must be whole and on the CPU.
+
+    transformers: `from_pretrained(folder)`. timm: `create_model("local-dir:FOLDER", pretrained=True)`. Others:
+    model.safetensors and a JSON that says how to load it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if card.source == "transformers":
+        export_transformers(card, spec, classes, state_dict, folder, tokenizer)
+    elif card.source == "timm":
+        export_timm(card, spec, classes, state_dict, folder)
+    else:
+        write_weights(state_dict, folder / saved.WEIGHTS)
+        saved.write_saved(card, classes, saved.built_by(card.location), folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def load_exported(folder: Path) -> tuple[nn.Module, ModelCard, tuple[str, ...]]:
+    """The classifier in `folder`, in eval mode, fp32, with its card and classes.
+
+    Raises UserError where the folder holds no classifier with class names, or its weights are not whole.
+    """
+    spec = ModelSpec(name=str(folder))
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of a model")
+    card = describe_model(spec)
+    if card.source == "transformers":
+        classes = labels(read_config(folder, spec))
+    elif card.source == "timm":
+        classes = timm_labels(folder)
+    else:
+        classes = tuple(saved.read_saved(folder)["classes"])
+    if not classes:
+        raise UserError(f"{folder}: its config names no classes")
+    model, provenance = load_model(card, spec, classes, seed=0)
+    if provenance.initialized:
+        raise UserError(f"{folder}: not a finished classifier; it lacks {', '.join(provenance.initialized[:5])}")
+    return model.eval(), card, classes
