@@ -1,0 +1,141 @@
+"""What a freeze costs or forgets although it is valid, with numbers: notes for the plan, never errors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dist_finetune.freeze import Manifest
+from dist_finetune.freeze_rules import ranges
+from dist_finetune.models.structure import Part, Structure
+
+Code = Literal[
+    "first-trainable", "trains-below-frozen", "frozen-head", "batchnorm-trains", "checkpointing-without-effect"
+]
+
+
+@dataclass(frozen=True)
+class LintNote:
+    """One remark; `first-trainable` is information, the others are worth a second look."""
+
+    code: Code
+    message: str
+
+
+def lint(
+    manifest: Manifest, structure: Structure, model: nn.Module, gradient_checkpointing: bool = False
+) -> tuple[LintNote, ...]:
+    """Notes on a compiled freeze: where backward ends, parts that train below frozen ones and what freezing them would
+    save, a frozen head, BatchNorm that still moves its statistics, gradient checkpointing that can't help."""
+    first = first_trainable_part(manifest, structure)
+    notes = [
+        _first_trainable(manifest, structure, first) if manifest.frozen else None,
+        _trains_below_frozen(manifest, structure),
+        _frozen_head(manifest, structure),
+        _batchnorm_trains(manifest, structure, model),
+    ]
+    if gradient_checkpointing and first.kind in ("neck", "head"):
+        text = f"gradient checkpointing has no effect: no block trains, backward ends at the {first.label}"
+        notes.append(LintNote("checkpointing-without-effect", text))
+    return tuple(note for note in notes if note is not None)
+
+
+def first_trainable_part(manifest: Manifest, structure: Structure) -> Part:
+    """The first part in execution order that holds a trainable parameter: backward runs down to it and no further.
+
+    The part `other` counts as first, since nothing is known about where it runs.
+    """
+    trainable = set(manifest.trainable)
+    order = sorted(structure.parts, key=lambda part: part.kind != "other")
+    return next(part for part in order if trainable.intersection(part.parameters))
+
+
+def _first_trainable(manifest: Manifest, structure: Structure, first: Part) -> LintNote:
+    below = structure.parts[: structure.parts.index(first)] if first.kind != "other" else ()
+    saved = sum(part.num_params for part in below)
+    share = 100 * saved / structure.num_params
+    text = f"first trainable part: {first.label}; backward ends there"
+    if below:
+        text += f", {saved:,} of {structure.num_params:,} parameters ({share:.0f} %) lie below it"
+    return LintNote("first-trainable", text)
+
+
+def _trains_below_frozen(manifest: Manifest, structure: Structure) -> LintNote | None:
+    """The classic "1,2,3" leaves block 0, and mostly the embeddings, to train underneath."""
+    trainable = set(manifest.trainable)
+    trunk = [part for part in structure.parts if part.kind in ("embeddings", "block") and part.parameters]
+    is_frozen = [not trainable.intersection(part.parameters) for part in trunk]
+    frozen_at = [i for i, (part, frozen) in enumerate(zip(trunk, is_frozen, strict=True)) if frozen and part.num_params]
+    if not frozen_at:
+        return None
+    top = frozen_at[-1]
+    below = [part for part, frozen in zip(trunk[:top], is_frozen, strict=False) if not frozen]
+    if not below:
+        return None
+    numel = {record.name: record.num_elements for record in manifest.records}
+    more = sum(numel[name] for part in below for name in part.parameters if name in trainable)
+    frozen_above = [part for part in trunk[trunk.index(below[0]) : top + 1] if part not in below]
+    next_trainable = next((p.label for p, frozen in zip(trunk[top:], is_frozen[top:], strict=True) if not frozen), None)
+    blocks_left = structure.depth - sum(part.kind == "block" for part in trunk[: top + 1])
+    verb, them = ("trains", "it") if len(below) == 1 else ("train", "them")
+    text = (
+        f"{_names(below)} {verb} below frozen {_names(frozen_above)}: backward still runs down to {below[0].label}. "
+        f"Freezing {them} too ({_spec_for(trunk[: top + 1])}) takes {more:,} more parameters out of training and lets "
+        f"backward end at {next_trainable or 'the neck or head'}, after {blocks_left} of {structure.depth} blocks"
+    )
+    return LintNote("trains-below-frozen", text)
+
+
+def _frozen_head(manifest: Manifest, structure: Structure) -> LintNote | None:
+    head = structure.of_kind("head")
+    frozen = set(manifest.frozen).intersection(head.parameters) if head else set()
+    if head is None or not frozen:
+        return None
+    num = sum(record.num_elements for record in manifest.records if record.name in frozen)
+    text = (
+        f"{num:,} of {head.num_params:,} parameters of the head are frozen; a new head that isn't trained stays random"
+    )
+    return LintNote("frozen-head", text)
+
+
+def _batchnorm_trains(manifest: Manifest, structure: Structure, model: nn.Module) -> LintNote | None:
+    frozen = set(manifest.frozen)
+    held = set(manifest.held_modules) if manifest.mode == "eval" else set()
+    touched = {part.label for part in structure.parts if frozen.intersection(part.parameters)}
+    moving: list[str] = []
+    labels: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, _BatchNorm) or module.running_mean is None:
+            continue
+        segments = path.split(".")
+        if any(".".join(segments[:i]) in held for i in range(1, len(segments) + 1)):
+            continue
+        part = structure.part_of(f"{path}.running_mean".lstrip("."))
+        if part.label in touched:
+            moving.append(path)
+            labels.append(part.label)
+    if not moving:
+        return None
+    reason = "freeze.mode is train" if manifest.mode == "train" else "their own weight or bias trains"
+    where = ", ".join(dict.fromkeys(labels))
+    text = (
+        f"{len(moving)} BatchNorm layers in {where}, which are frozen in whole or in part, keep updating their running "
+        f"statistics, because {reason} (first: {moving[0]})"
+    )
+    return LintNote("batchnorm-trains", text)
+
+
+def _names(parts: Sequence[Part]) -> str:
+    numbers = [part.index for part in parts if part.index is not None]
+    labels = [part.label for part in parts if part.index is None]
+    if numbers:
+        labels.append(f"block{'s' if len(numbers) > 1 else ''} {ranges(numbers)}")
+    return " and ".join(labels)
+
+
+def _spec_for(parts: Sequence[Part]) -> str:
+    numbers = [part.index for part in parts if part.index is not None]
+    keys = ["embeddings: true"] if any(part.kind == "embeddings" for part in parts) else []
+    return ", ".join([*keys, f'layers: "{ranges(numbers)}"'])
