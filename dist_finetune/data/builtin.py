@@ -10,6 +10,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
+from ruamel.yaml import YAML
 
 from dist_finetune.errors import UserError, did_you_mean
 
@@ -37,8 +38,6 @@ def _topics() -> Dataset:
     topics have it. Topics with fewer than `MIN_TOPIC_ROWS` are left out, and so is
     "conversations", small talk on anything.
     """
-    import yaml
-
     found = find_spec("chatterbot_corpus")
     if found is None or not found.submodule_search_locations:
         raise UserError(
@@ -48,7 +47,7 @@ def _topics() -> Dataset:
     topics_of: dict[str, set[str]] = defaultdict(set)
     first: dict[str, str] = {}
     for file in sorted(folder.glob("*.yml")):
-        for conversation in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+        for conversation in YAML(typ="safe").load(file.read_text(encoding="utf-8"))["conversations"]:
             # One conversation of the corpus is a bare string instead of a list.
             for utterance in [conversation] if isinstance(conversation, str) else conversation:
                 words = " ".join(re.findall(r"\w+", utterance.casefold()))

@@ -46,7 +46,7 @@ def find_columns(table: Dataset, spec: DataSpec, where: str) -> Columns:
     if label in text or len(set(text)) < len(text):
         raise UserError(f"data.text={', '.join(text)} and data.label={label}: each role needs a column of its own")
     for name in text:
-        if not _is_string(table, name):
+        if not is_string(table, name):
             raise UserError(
                 f"{where}: data.text={name}: the column holds {_kind(table, name)}, not text. {_listed(table)}"
             )
@@ -84,7 +84,7 @@ def _find_label(table: Dataset, spec: DataSpec, where: str) -> str:
 
 def _text_candidates(table: Dataset, label: str) -> list[str]:
     """String columns besides the label that aren't numbers: cells of a .csv file are all strings."""
-    names = [name for name in table.column_names if name != label and _is_string(table, name)]
+    names = [name for name in table.column_names if name != label and is_string(table, name)]
     return [name for name in names if not _is_numeric(table, name)]
 
 
@@ -103,11 +103,12 @@ def _listed(table: Dataset) -> str:
 def _kind(table: Dataset, name: str) -> str:
     feature = table.features[name]
     if isinstance(feature, Value):
-        return "numbers as text" if _is_string(table, name) and _is_numeric(table, name) else str(feature.dtype)
+        return "numbers as text" if is_string(table, name) and _is_numeric(table, name) else str(feature.dtype)
     return "list" if isinstance(feature, (list, List)) else type(feature).__name__
 
 
-def _is_string(table: Dataset, name: str) -> bool:
+def is_string(table: Dataset, name: str) -> bool:
+    """Whether a column holds text, of any Arrow kind of string."""
     feature = table.features[name]
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
 
@@ -128,7 +129,7 @@ def _is_numeric(table: Dataset, name: str) -> bool:
 def _has_few_values(table: Dataset, name: str) -> bool:
     feature = table.features[name]
     if not isinstance(feature, Value) or not (
-        _is_string(table, name) or feature.dtype.startswith(("int", "uint", "bool"))
+        is_string(table, name) or feature.dtype.startswith(("int", "uint", "bool"))
     ):
         return False
     cells = _probe(table, name)

@@ -11,7 +11,7 @@ from datasets import Image as ImageFeature
 
 from dist_finetune.data.arrow import arrow_column, in_memory, select
 from dist_finetune.data.checks import Labels, check_images, class_names, label_problems, read_labels, read_texts
-from dist_finetune.data.columns import Columns, find_columns
+from dist_finetune.data.columns import Columns, find_columns, is_string
 from dist_finetune.data.files import DELIMITERS
 from dist_finetune.data.sources import Source, paths_as_images, read_source
 from dist_finetune.data.split import hold_out, sample, text_key
@@ -130,6 +130,10 @@ def _require_columns(sources: dict[str, Source], columns: Columns) -> None:
                 problems.append(
                     f"data.{role}: {source.names} lacks the column {name!r} of the training rows. {near} "
                     f"Columns: {', '.join(there)}."
+                )
+            elif name in columns.text and not is_string(source.table, name):
+                problems.append(
+                    f"data.{role}: {source.names}: column {name!r} holds {source.table.features[name]}, not text"
                 )
     if problems:
         raise UserError("\n".join(problems))

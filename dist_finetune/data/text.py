@@ -52,10 +52,10 @@ class TextRows(torch.utils.data.Dataset[dict[str, Any]]):
 def encode_text(table: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TextRows:
     """The rows of a table with columns "text", perhaps "text_pair", and "label", as tokens cut to `max_length`.
 
-    Token types are kept for pairs only: of a single text they are all zero, which models assume by themselves.
+    Token types are kept for pairs, and for single texts where they aren't all zero, which models assume by themselves.
     """
     is_pair = "text_pair" in table.column_names
-    with_types = is_pair and "token_type_ids" in tokenizer.model_input_names
+    with_types = "token_type_ids" in tokenizer.model_input_names and (is_pair or _marks_single_texts(tokenizer))
     ids: list[NDArray[np.int32]] = []
     types: list[NDArray[np.uint8]] = []
     lengths: list[int] = []
@@ -86,6 +86,11 @@ def encode_text(table: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: 
         labels=np.asarray(column_values(table, "label"), dtype=np.int64),
         num_truncated=num_truncated,
     )
+
+
+def _marks_single_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a single text has token types besides 0, as XLNet's has."""
+    return any(tokenizer("a", return_token_type_ids=True)["token_type_ids"])
 
 
 def _count_truncated(

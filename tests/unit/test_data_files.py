@@ -1,0 +1,105 @@
+"""Reading one file: quoting, encodings, every suffix, and errors that name file and row."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from datasets import Dataset
+
+from dist_finetune.data.files import read_file
+from dist_finetune.errors import UserError
+
+ROWS = [
+    {"text": "good, really", "label": "pos"},
+    {"text": 'so "bad"', "label": "neg"},
+    {"text": "null", "label": "neg"},
+]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def refused(path: Path, content: str | bytes, columns: list[str] | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        read_file(write(path, content), columns)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_kind_gives_the_same_rows(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    files = [
+        write(tmp_path / "a.csv", '\ufefftext,label\r\n"good, really",pos\r\n"so ""bad""",neg\r\nnull,neg\r\n'),
+        write(tmp_path / "a.tsv", 'text\tlabel\ngood, really\tpos\nso "bad"\tneg\nnull\tneg\n'),
+        write(tmp_path / "b.tsv", 'text\tlabel\ngood, really\tpos\n"so ""bad"""\tneg\nnull\tneg'),
+        write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, ROWS)) + "\n\n"),
+        write(tmp_path / "lines.json", "\n".join(map(json.dumps, ROWS))),
+        write(tmp_path / "list.json", json.dumps(ROWS, indent=1)),
+        write(tmp_path / "columns.json", json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]})),
+    ]
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "stream.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    with pa.ipc.new_file(str(tmp_path / "file.arrow"), table.schema) as file:
+        file.write_table(table)
+    files += [tmp_path / name for name in ("a.parquet", "stream.arrow", "file.arrow")]
+    assert [read_file(path).to_pylist() for path in files] == [ROWS] * 10
+
+
+def test_bare_quotes_of_a_tsv_do_not_swallow_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", 'text\tlabel\n"The Office" is back\t1\nfine\t0\nsaid "yes"\t1\n')
+    assert [row["text"] for row in read_file(path).to_pylist()] == ['"The Office" is back', "fine", 'said "yes"']
+
+
+def test_headerless_and_quoted_line_breaks_and_long_fields(tmp_path: Path) -> None:
+    long = "word " * 60_000
+    path = write(tmp_path / "a.csv", f'"two\nlines",a\n\n{long},b\n')
+    assert read_file(path, ["text", "label"]).to_pylist() == [
+        {"text": "two\nlines", "label": "a"},
+        {"text": long, "label": "b"},
+    ]
+    # Only a line feed ends a row of a .tsv file: U+2028 and others that str.splitlines knows are text.
+    assert read_file(write(tmp_path / "a.tsv", "a\u2028b\x0bc\t1\n"), ["text", "label"]).num_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "", ["empty"]),
+        ("a.csv", "text,label\n", ["no rows"]),
+        ("a.csv", "text,label\na,1\nb,c,0\n", ["row 2 has 3 columns", "the header has 2"]),
+        ("a.csv", 'text,label\na,1\n"b" c,0\n', [":3: malformed row", "double the quotes"]),
+        ("a.csv", 'text,label\na,1\n"b,0\n', ["malformed row"]),
+        ("a.csv", "text,text\na,1\n", ["two columns are called 'text'"]),
+        ("a.tsv", "text\tlabel\na\n", ["row 1 has 1 columns", "A tab separates"]),
+        ("a.csv", "text,label\ncaf\u00e9,1\n".encode("latin-1"), ["byte 14 is not UTF-8"]),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', ["a.jsonl:2:", "not valid JSON"]),
+        ("a.jsonl", '{"text": "a"}\n[1]\n', ["row 2 is not an object"]),
+        ("a.json", '[{"text": "a"},\n {"text": "b"]', ["a.json:2:", "not valid JSON"]),
+        ("a.json", "[]", ["no rows"]),
+        ("a.json", '{"text": ["a", "b"], "label": [1]}', ["different lengths: text 2, label 1"]),
+        ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', ["column 'text' mixes", "row 2 holds 3"]),
+        ("a.parquet", "nonsense", ["not a readable .parquet file"]),
+        ("a.arrow", "nonsense", ["not a readable .arrow file"]),
+        ("a.xlsx", "x", [".xlsx", ".parquet"]),
+    ],
+)
+def test_malformed_files_are_named(tmp_path: Path, name: str, content: str | bytes, words: list[str]) -> None:
+    message = refused(tmp_path / name, content)
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_columns_are_for_delimited_files(tmp_path: Path) -> None:
+    assert "data.columns" in refused(tmp_path / "a.jsonl", '{"text": "a"}', ["text"])
+
+
+def test_a_file_of_datasets_keeps_its_features(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features).to_parquet(tmp_path / "a.parquet")
+    assert Dataset(read_file(tmp_path / "a.parquet")).features == features
