@@ -50,9 +50,11 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; a run folder o
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and ends the process: exit code 0 done, 1 failed, 2 wrong input, 75 stopped and resumable."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
+    # Wherever it stands: who adds it repeats the last command.
+    debug = ["--debug"] if "--debug" in given else []
     try:
-        app(_without_launcher_flags(given))
+        rest = _without_launcher_flags([word for word in given if word != "--debug"])
+        app([*debug, *rest], prog_name="dist-finetune")
     except DistFinetuneError as error:
         if debug:
             traceback.print_exc()
@@ -101,6 +103,7 @@ def _options(
 
 @app.command()
 def run(
+    context: typer.Context,
     config: Config,
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(help="Use so many GPUs; left out: all visible ones.")] = None,

@@ -39,7 +39,7 @@ def load_spec(config: str | Path | dict[str, Any], overrides: Sequence[str] = ()
     Raises UserError that lists every problem: file, line, key, what is wrong and the nearest valid key.
     """
     if isinstance(config, dict):
-        raw, where = dict(config), "config"
+        raw, where = _plain(config), "config"
     else:
         raw, where = _read_yaml(Path(config)), str(config)
         raw.setdefault("name", Path(config).stem)
@@ -114,7 +114,7 @@ def _apply_override(raw: dict[str, Any], item: str) -> str:
 
 
 def _plain(node: Any) -> Any:
-    """YAML containers and scalars as plain Python values, so that a dump or an error shows nothing of the YAML library."""
+    """YAML containers and scalars as plain Python values: a dump or an error shows nothing of the YAML library."""
     if isinstance(node, dict):
         return {str(k): _plain(v) for k, v in node.items()}
     if isinstance(node, (list, tuple)):
@@ -141,12 +141,14 @@ def _describe_all(raw: Any, problems: ValidationError, where: str, changed: Sequ
 
 def _describe(raw: Any, path: Sequence[str], problems: list[Any], where: str, changed: Sequence[str]) -> str:
     key = ".".join(path)
-    overridden = any(c == key or key.startswith(f"{c}.") for c in changed)
-    at = "override" if overridden else _line(raw, path, where)
+    at = _line(raw, path, where)
+    # A section that only overrides made has no line either.
+    if any(key == c or key.startswith(f"{c}.") or (at == where and c.startswith(f"{key}.")) for c in changed):
+        at = "override"
     kind, value = problems[0]["type"], problems[0].get("input")
     if kind == "missing":
-        doc = _field(path).description if _field(path) else None
-        return f"{at}: {key} is required." + (f" {doc}" if doc else "")
+        field = _field(path)
+        return f"{at}: {key} is required. {field.description or '' if field else ''}".rstrip()
     if kind == "extra_forbidden":
         elsewhere = [f"{section}.{path[-1]}" for section in Spec.model_fields if path[-1] in _known_keys([section])]
         hint = f"Did you mean {' or '.join(elsewhere)}?" if elsewhere else ""

@@ -184,8 +184,9 @@ def _compare_deepspeed_file(location: str, numbers: Mapping[str, Any], spec: "Sp
         "gradient_clipping": (numbers["clipping"], "train.max_grad_norm"),
         "bf16.enabled": (numbers["precision"] == "bf16", "train.precision"),
         "fp16.enabled": (False, "train.precision"),
-        "zero_optimization.offload_optimizer.device": ("none", "the device alone"),
-        "zero_optimization.offload_param.device": ("none", "the device alone"),
+        "zero_optimization.offload_optimizer.device": ("none", "state stays on the device"),
+        "zero_optimization.offload_param.device": ("none", "state stays on the device"),
+        "optimizer.type": ("AdamW", "the one optimizer there is"),
         "optimizer.params.lr": (spec.train.lr, "train.lr"),
         "optimizer.params.weight_decay": (spec.train.weight_decay, "train.weight_decay"),
     }
@@ -194,13 +195,11 @@ def _compare_deepspeed_file(location: str, numbers: Mapping[str, Any], spec: "Sp
     for key, value in flat.items():
         ours, setting = expected.get(key, (own.get(key), "shard.deepspeed"))
         if ours is None and key in expected:
-            problems.append(f"{where}: {key} is {value!r}, which the run derives itself; set {setting} instead")
+            problems.append(f"{where}: {key} is {value!r}, but the run derives it ({setting})")
         elif ours is None:
             ignored.append(key)
         elif _differs(value, ours):
-            problems.append(
-                f"{where}: {key} is {value!r}, but the run has {ours!r}; set {setting} in the config instead"
-            )
+            problems.append(f"{where}: {key} is {value!r}, but the run has {ours!r} ({setting})")
     note = f"{where}: {', '.join(ignored)} has no effect; put it under shard.deepspeed of the config where it is wanted"
     return problems, [note] if ignored else []
 
@@ -208,12 +207,7 @@ def _compare_deepspeed_file(location: str, numbers: Mapping[str, Any], spec: "Sp
 def _read_deepspeed_file(location: str) -> dict[str, Any]:
     """accelerate takes a path, or the whole JSON text in base64."""
     try:
-        text = (
-            Path(location).read_text(encoding="utf-8")
-            if Path(location).is_file()
-            else base64.b64decode(location, validate=True)
-        )
-        content = json.loads(text)
+        content = json.loads(_text_of(location))
     except (OSError, ValueError):
         raise UserError(
             f"the launcher names the DeepSpeed config {location[:200]}, which is no readable JSON file"
@@ -221,6 +215,13 @@ def _read_deepspeed_file(location: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{location[:200]}: a DeepSpeed config is a JSON mapping of keys, this is not one")
     return content
+
+
+def _text_of(location: str) -> str | bytes:
+    try:
+        return Path(location).read_text(encoding="utf-8")
+    except OSError:
+        return base64.urlsafe_b64decode(location)
 
 
 def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -98,7 +98,7 @@ def refuse_run_in_many(env: Mapping[str, str]) -> None:
     if size > 1:
         raise UserError(
             f"{starter} started this command {size} times, which would be {size} separate trainings. `dist-finetune "
-            f"run` starts its processes itself, once on one machine; under {starter} start `dist-finetune train CONFIG`."
+            f"run` starts its processes itself, on one machine; under {starter} start `dist-finetune train CONFIG`."
         )
 
 

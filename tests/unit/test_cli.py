@@ -1,0 +1,171 @@
+"""The command line as a user meets it: real processes for what must be quick, exit codes, and words on stderr."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_finetune import __version__
+from dist_finetune.cli import main
+
+CONFIG = "model: {name: m}\ndata: {train: rows.csv}\n"
+HEAVY = ("torch", "transformers", "timm", "datasets", "accelerate", "deepspeed", "sklearn", "pandas", "numpy", "wandb")
+
+
+def command(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dist_finetune", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "COLUMNS": "200", **env},
+    )
+
+
+def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command in this process."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    shown = capsys.readouterr()
+    return int(end.value.code or 0), shown.out, shown.err
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    return "c.yaml"
+
+
+@pytest.mark.parametrize("arguments", ["--help", "schema", "run --help"])
+def test_answers_in_half_a_second_without_torch(arguments: str) -> None:
+    code = f"""
+import sys
+from dist_finetune.cli import main
+try:
+    main({arguments.split()!r})
+except SystemExit as end:
+    assert end.code in (0, None), end.code
+heavy = [name for name in {HEAVY!r} if name in sys.modules]
+assert not heavy, heavy
+"""
+    seconds = []
+    for _ in range(3):  # the best of three, in CPU time, as other work on the machine only slows down
+        before = os.times()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+        after = os.times()
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))
+        assert done.returncode == 0, done.stderr
+    assert min(seconds) < 0.5
+
+
+def test_help_names_every_command() -> None:
+    done = command("--help")
+    assert done.returncode == 0
+    for name in ("run", "train", "plan", "inspect", "schema", "--debug"):
+        assert name in done.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(capsys, "--version") == (0, f"dist-finetune {__version__}\n", "")
+
+
+def test_schema_is_json_schema_that_asks_for_no_name(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = ended(capsys, "schema")
+    content = json.loads(out)
+    assert code == 0
+    assert content["required"] == ["model", "data"]
+    assert content["additionalProperties"] is False
+    assert {"freeze", "train", "shard", "track", "launch", "name"} <= set(content["properties"])
+
+
+@pytest.mark.parametrize("name", ["run", "train", "plan"])
+def test_a_wrong_config_ends_every_command_with_2_and_no_traceback(
+    name: str, config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, out, err = ended(capsys, name, config, "train.lrr=1", "shard.strategy=zero4")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: c.yaml: 2 problems\n"
+        "  override: unknown key train.lrr. Did you mean lr?\n"
+        "  override: shard.strategy can't be 'zero4'. Did you mean zero3 or zero2 or zero1? "
+        "It takes auto or ddp or zero1 or zero2 or zero3.\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"], "something was made"
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_debug_shows_the_traceback_wherever_it_stands(
+    before: bool, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ["run", config, "lr=1"]
+    code, _, err = ended(capsys, *(["--debug", *rest] if before else [*rest, "--debug"]))
+    assert code == 2
+    assert "Traceback" in err
+    assert err.endswith("error: c.yaml: 1 problem\n  override: unknown key lr. Did you mean train.lr?\n")
+
+
+@pytest.mark.parametrize("flag", [["--local_rank=1"], ["--local-rank=1"], ["--local_rank", "1"]])
+def test_the_worker_takes_the_local_rank_that_deepspeed_puts_first(
+    flag: list[str], config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both places: before `train` with -m, after it with launch/train.py."""
+    for arguments in ([*flag, "train", config], ["train", *flag, config]):
+        code, _, err = ended(capsys, *arguments, "lr=1")
+        assert (code, "unknown key lr" in err) == (2, True), err
+
+
+@pytest.mark.parametrize("flag", [["--deepspeed_config", "ds.json"], ["--deepspeed_config=ds.json"]])
+def test_a_deepspeed_config_flag_is_refused_in_words(
+    flag: list[str], config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = ended(capsys, "train", config, *flag)
+    assert code == 2
+    assert err.startswith("error: --deepspeed_config ds.json: ")
+    assert "shard.deepspeed" in err
+
+
+def test_more_processes_than_gpus_is_refused_with_numbers(config: str, tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho "GPU 0: Some Card (UUID: GPU-0)"\necho "GPU 1: Some Card (UUID: GPU-1)"\n')
+    program.chmod(0o755)
+    done = command("run", config, "--processes", "3", PATH=f"{program.parent}:{os.environ['PATH']}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --processes 3 is more than the 2 visible GPUs, and each process needs one.")
+
+
+def test_run_under_another_launcher_is_refused(config: str) -> None:
+    done = command("run", config, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    assert done.returncode == 2
+    assert "dist-finetune train CONFIG" in done.stderr
+
+
+def test_an_unknown_command_offers_the_nearest() -> None:
+    done = command("trian", "c.yaml")
+    assert done.returncode == 2
+    assert "train" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["80", "eighty GiB", "0 GiB", "80 gigs"])
+def test_gpu_memory_needs_a_unit(text: str, config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = ended(capsys, "plan", config, "--gpu-memory", text)
+    assert code == 2
+    assert err == f"error: --gpu-memory {text}: write a number and MiB, GiB, MB or GB, such as 80GiB\n"
+
+
+def test_launch_script_is_the_worker(config: str) -> None:
+    script = Path(__file__).parents[2] / "launch" / "train.py"
+    done = subprocess.run(
+        [sys.executable, script, "--local_rank=0", config, "train.lrr=1"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.endswith("override: unknown key train.lrr. Did you mean lr?\n")

@@ -1,0 +1,243 @@
+"""Reading a config: what is accepted, and how every problem is worded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_finetune.durations import parse_duration_s
+from dist_finetune.errors import UserError
+from dist_finetune.spec import FreezeSpec, Spec
+from dist_finetune.spec_file import load_spec, resolved_yaml
+
+SMALL: dict[str, Any] = {"name": "small", "model": {"name": "m"}, "data": {"train": "rows.csv"}}
+
+WRONG = """\
+model:
+  nme: x
+  dropout: 1.5
+data:
+  validation: 1.5
+  text: [a, null]
+freeze: backbon
+train:
+  micro_batch_size: aut
+  eval_batch_size: -3
+  lrr: 3
+  head_lr: fast
+  epochs: true
+  lr: .nan
+  warmup: 3.5
+  precision: bf61
+  global_batch_size: 3.5
+  wandb: online
+shard:
+  strategy: zero4
+  deepspeed: 3
+track: 7
+launch:
+  timeout: 3 fortnights
+"""
+
+# A snapshot: each line is what a user reads, so a change of words is a change of this text.
+WRONG_MESSAGE = """\
+wrong.yaml: 24 problems
+  override 'epochs' is no override; write key=value with a dotted key, such as train.lr=3e-5
+  override 'track.project=x': the config sets track to 7, which has no keys; override track as a whole
+  wrong.yaml:1: model.name is required. A transformers hub id or local folder, `timm:NAME`, `torchvision:NAME`, \
+`demo:NAME` or `module:function`.
+  wrong.yaml:3: model.dropout can't be 1.5. It takes a number below 1.0.
+  wrong.yaml:2: unknown key model.nme. Did you mean name?
+  wrong.yaml:4: data.train is required. Hub id, file(s) .csv .tsv .json .jsonl .parquet .arrow, a folder of class \
+folders, or `builtin:NAME`.
+  wrong.yaml:5: data.validation: 1.5 is no fraction of the training data; it must lie between 0 and 1, such as 0.1
+  wrong.yaml:6: data.text.1 can't be None. It takes a text.
+  override: data.max_rows can't be -1. It takes a number above 0.
+  wrong.yaml:7: freeze: 'backbon' is no ready word. Did you mean backbone or bias-only?
+  wrong.yaml:13: train.epochs: true has no meaning here. It takes: Passes over the training data; a fraction ends \
+inside an epoch.
+  wrong.yaml:17: train.global_batch_size can't be 3.5. It takes a whole number.
+  wrong.yaml:9: train.micro_batch_size can't be 'aut'. Did you mean auto? It takes auto or a whole number.
+  wrong.yaml:10: train.eval_batch_size can't be -3. It takes auto or a number above 0.
+  wrong.yaml:14: train.lr can't be nan. It takes a finite number.
+  wrong.yaml:12: train.head_lr can't be 'fast'. It takes a number.
+  wrong.yaml:15: train.warmup: 3.5 is neither a fraction below 1 nor a whole number of steps
+  wrong.yaml:16: train.precision can't be 'bf61'. Did you mean bf16? It takes auto or fp32 or bf16.
+  wrong.yaml:11: unknown key train.lrr. Did you mean lr?
+  wrong.yaml:18: unknown key train.wandb. Did you mean track.wandb?
+  wrong.yaml:20: shard.strategy can't be 'zero4'. Did you mean zero3 or zero2 or zero1? It takes auto or ddp or zero1 \
+or zero2 or zero3.
+  wrong.yaml:21: shard.deepspeed can't be 3. It takes a mapping of keys.
+  wrong.yaml:22: track can't be 7. It takes a section of keys, such as wandb, project, entity, tensorboard.
+  wrong.yaml:24: launch.timeout: '3 fortnights' is no duration; write a number and s, min, h or day, such as \
+"30 min\""""
+
+
+def message_of(config: Any, *overrides: str) -> str:
+    with pytest.raises(UserError) as refused:
+        load_spec(config, overrides)
+    return str(refused.value)
+
+
+def write(folder: Path, text: str, name: str = "c.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_all_problems_of_a_config_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, WRONG, "wrong.yaml")
+    assert message_of("wrong.yaml", "epochs", "track.project=x", "data.max_rows=-1") == WRONG_MESSAGE
+
+
+def test_an_empty_config_names_what_is_required() -> None:
+    assert message_of({"name": "x"}) == (
+        "config: 2 problems\n"
+        "  config: model is required. Which model, and its weights, such as `model: {name: bert-base-uncased}`.\n"
+        "  config: data is required. What to train and to evaluate on, such as `data: {train: rows.csv}`."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: [", "c.yaml:1:9: not valid YAML"),
+        ("a: 1\na: 2\n", 'c.yaml:2:1: not valid YAML: found duplicate key "a"'),
+        ("- model\n", "a config is a mapping of keys"),
+        ("", "a config is a mapping of keys"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path: Path, text: str, words: str) -> None:
+    assert words in message_of(write(tmp_path, text))
+
+
+def test_a_missing_file_offers_the_nearest(tmp_path: Path) -> None:
+    write(tmp_path, "", "quickstart.yaml")
+    path = tmp_path / "quickstrat.yaml"
+    assert message_of(path) == f"{path}: no such config file. Did you mean quickstart.yaml?"
+
+
+def test_a_binary_file_is_no_config(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    assert "can't be read as a text file" in message_of(path)
+
+
+def test_short_forms_and_their_long_forms_are_equal() -> None:
+    short = load_spec({**SMALL, "freeze": "backbone"})
+    assert short == load_spec({**SMALL, "freeze": {"rule": "backbone"}})
+    assert load_spec({**SMALL, "freeze": None, "train": None}) == load_spec(SMALL)
+    assert load_spec({**SMALL, "freeze": {"layers": [1, 2]}}).freeze.layers == "1,2"
+    assert load_spec({**SMALL, "freeze": {"layers": 3}}).freeze.layers == "3"
+    assert load_spec({**SMALL, "freeze": {"except": "*.bias"}}).freeze.except_ == ("*.bias",)
+
+
+def test_an_unquoted_number_or_date_can_be_a_name(tmp_path: Path) -> None:
+    text = "model: {name: 7}\ndata: {train: rows.csv, label: 0, text: [1, 2]}\nname: 2024-05-01\n"
+    spec = load_spec(write(tmp_path, text))
+    assert (spec.name, spec.model.name, spec.data.label, spec.data.text) == ("2024-05-01", "7", "0", ("1", "2"))
+    assert type(spec.model.name) is str
+
+
+@pytest.mark.parametrize(
+    ("given", "read"), [(0.2, 0.2), ("val.csv", ("val.csv",)), (["a.csv", "b.csv"], ("a.csv", "b.csv"))]
+)
+def test_validation_is_a_fraction_or_sources(given: Any, read: Any) -> None:
+    assert load_spec({**SMALL, "data": {"train": "a.csv", "validation": given}}).data.validation == read
+
+
+@pytest.mark.parametrize("given", [0, 1, -0.5, None, [], [0.1], {"a": 1}])
+def test_a_wrong_validation_is_one_problem(given: Any) -> None:
+    assert message_of({**SMALL, "data": {"train": "a.csv", "validation": given}}).startswith("config: 1 problem\n")
+
+
+@pytest.mark.parametrize("word", ["none", "backbone", "norms", "bias-only", "all-but-last 2"])
+def test_ready_words(word: str) -> None:
+    assert load_spec({**SMALL, "freeze": word}).freeze == FreezeSpec(rule=word)
+
+
+def test_overrides_replace_add_and_reach_into_absent_sections(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: {name: m}\ndata: {train: a.csv}\ntrain: {lr: 1.0}\n")
+    spec = load_spec(path, ["train.lr=3e-5", "freeze.layers=0-8", "shard.strategy=zero2", "train.max_grad_norm=null"])
+    assert (spec.train.lr, spec.freeze.layers, spec.shard.strategy) == (3e-5, "0-8", "zero2")
+    assert spec.train.max_grad_norm is None
+    assert spec.name == "c"
+    assert load_spec(path, ["name=other"]).name == "other"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lr", "'lr' is no override"),
+        ("=3", "'=3' is no override"),
+        ("train..lr=3", "is no override"),
+        ("train.lr=[", "the value is not valid YAML"),
+        ("train.lr=0", "override: train.lr can't be 0. It takes a number above 0."),
+        ("lr=1", "override: unknown key lr. Did you mean train.lr?"),
+        ("freez.layers=1", "override: unknown key freez. Did you mean freeze?"),
+    ],
+)
+def test_wrong_overrides(override: str, words: str) -> None:
+    assert words in message_of(SMALL, override)
+
+
+def test_overrides_leave_the_callers_dict_alone() -> None:
+    config = {**SMALL, "train": {"lr": 1.0}}
+    assert load_spec(config, ["train.lr=2.0"]).train.lr == 2.0
+    assert config["train"] == {"lr": 1.0}
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a\nb", "x" * 101])
+def test_a_name_is_one_folder(name: str) -> None:
+    assert "name" in message_of({**SMALL, "name": name})
+
+
+@pytest.mark.parametrize("warmup", [0, 0.1, 1, 250])
+def test_warmup_is_a_fraction_or_whole_steps(warmup: float) -> None:
+    assert load_spec({**SMALL, "train": {"warmup": warmup}}).train.warmup == warmup
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30 min", 1800),
+        ("90s", 90),
+        ("1.5 h", 5400),
+        ("2 hours", 7200),
+        (" 1 DAY ", 86400),
+        (45, 45),
+        (0.5, 0.5),
+        ("7", 7),
+    ],
+)
+def test_durations(text: Any, seconds: float) -> None:
+    assert parse_duration_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "min", "-3 s", "3 fortnights", 0, -1, "0 s", None, True, "1 min 30 s"])
+def test_no_durations(text: Any) -> None:
+    with pytest.raises(ValueError, match="duration"):
+        parse_duration_s(text)
+
+
+def test_resolved_yaml_reads_back_equal(tmp_path: Path) -> None:
+    spec = load_spec(
+        {
+            **SMALL,
+            "freeze": {"layers": "0-3", "except": ["*.bias"], "patterns": ["*.1", "yes"]},
+            "train": {"lr": 3e-5, "micro_batch_size": 4},
+            "shard": {"deepspeed": {"zero_optimization": {"overlap_comm": True}}},
+            "data": {"train": ["a.csv", "b: c.csv"], "validation": ["0.1"], "label": "null"},
+        }
+    )
+    assert load_spec(write(tmp_path, resolved_yaml(spec))) == spec
+
+
+def test_the_schema_takes_what_the_loader_takes() -> None:
+    definitions = Spec.model_json_schema()["$defs"]
+    layers = {option.get("type") for option in definitions["FreezeSpec"]["properties"]["layers"]["anyOf"]}
+    assert layers == {"integer", "string", "array", "null"}
+    assert {"type": "string"} in definitions["DataSpec"]["properties"]["train"]["anyOf"]
+    assert {"type": "string"} in Spec.model_json_schema()["properties"]["freeze"]["anyOf"]
+    assert "except" in definitions["FreezeSpec"]["properties"]
