@@ -11,6 +11,7 @@ from dist_finetune.models.card import ModelCard
 from dist_finetune.models.load import load_model
 from dist_finetune.models.sources import describe_model
 from dist_finetune.models.timm_model import export_timm, timm_labels
+from dist_finetune.models.torchvision_model import torchvision_options
 from dist_finetune.models.transformers_config import labels, read_config
 from dist_finetune.models.transformers_model import export_transformers
 from dist_finetune.models.weights import write_weights
@@ -37,7 +38,9 @@ def export_model(
         export_timm(card, spec, classes, state_dict, folder)
     else:
         write_weights(state_dict, folder / saved.WEIGHTS)
-        saved.write_saved(card, classes, saved.built_by(card.location), folder)
+        own = {"num_classes": len(classes)}
+        options = torchvision_options(card, len(classes)) if card.source == "torchvision" else own
+        saved.write_saved(card, classes, options, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 

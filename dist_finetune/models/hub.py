@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 
 from dist_finetune.errors import UserError
 from dist_finetune.models.suggest import suggestions
+from dist_finetune.models.weights import first_line
 
 CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin"]
@@ -89,7 +90,7 @@ def hub_folder(repo: str, revision: str | None, patterns: list[str], weights: bo
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(f"model.name {repo}: the Hugging Face hub has no such model. {suggestions(repo)}") from None
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"model.name {repo}: can't be fetched: {str(error).splitlines()[0]}") from None
+        raise UserError(f"model.name {repo}: can't be fetched: {first_line(error)}") from None
     if not any(folder.iterdir()):
         raise UserError(_how_to_bring(repo, online))
     return folder
@@ -104,7 +105,7 @@ def hub_file(repo: str, names: Sequence[str], what: str) -> Path:
         except (LocalEntryNotFoundError, EntryNotFoundError):
             continue
         except (HfHubHTTPError, OSError) as error:
-            raise UserError(f"{what}: {repo} can't be fetched: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{what}: {repo} can't be fetched: {first_line(error)}") from None
     why = "" if online else f", and {constants.ENDPOINT} can't be reached (or offline mode is set)"
     raise UserError(
         f"{what}: its weights ({names[0]} of {repo}) are not in the Hugging Face cache "

@@ -12,19 +12,20 @@ from dist_finetune.models.card import ModelCard
 FILE = "dist_finetune_model.json"
 WEIGHTS = "model.safetensors"
 HOW_TO_LOAD = {
-    "torchvision": "model = torchvision.models.get_model(built_by, num_classes=len(classes)); "
+    "torchvision": "model = torchvision.models.get_model(built_by, **built_with); "
     "model.load_state_dict(safetensors.torch.load_file('model.safetensors'))",
-    "custom": "model = function(num_classes=len(classes)), the function that built_by names as module:function; "
+    "custom": "model = function(**built_with), the function that built_by names as module:function; "
     "model.load_state_dict(safetensors.torch.load_file('model.safetensors'))",
 }
 
 
-def write_saved(card: ModelCard, classes: tuple[str, ...], built_by: str, folder: Path) -> None:
+def write_saved(card: ModelCard, classes: tuple[str, ...], options: dict[str, Any], folder: Path) -> None:
     """Writes the JSON that `read_saved` and people read."""
     whole = {
         "format": 1,
         "source": card.source,
-        "built_by": built_by,
+        "built_by": built_by(card.location),
+        "built_with": options,
         "classes": list(classes),
         "modality": card.modality,
         "image": asdict(card.image) if card.image else None,

@@ -27,6 +27,9 @@ from dist_finetune.spec import ModelSpec
 
 # Only in training do these return more than logits; a fine-tuned model has no use for their second classifiers.
 AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+# Their published weights came from TensorFlow: torchvision normalises by ImageNet's numbers and then, inside the model,
+# turns that into these. Taken directly, a model built without that switch computes the same.
+TENSORFLOW_MEAN_STD = (0.5, 0.5, 0.5)
 
 
 def describe_torchvision(spec: ModelSpec, location: str, data_image_size: int | None) -> ModelCard:
@@ -82,14 +85,21 @@ def load_torchvision(
     return model, Provenance(card.name, None, files_sha256([file]), (file.name,), missing, head_kept)
 
 
-def _create(card: ModelCard, spec: ModelSpec, num_classes: int) -> nn.Module:
+def torchvision_options(card: ModelCard, num_classes: int) -> dict[str, Any]:
+    """The keywords with which `torchvision.models.get_model` builds this model."""
     architecture = built_by(card.location)
     options: dict[str, Any] = {"num_classes": num_classes}
     if architecture in AUXILIARY:
-        # The published weights expect their own normalisation on top of ours, as torchvision sets it for them.
-        options |= {"aux_logits": False, "init_weights": True, "transform_input": card.pretrained}
+        options["aux_logits"] = False
     if architecture.startswith("vit") and card.image is not None:
         options["image_size"] = card.image.size[0]
+    return options
+
+
+def _create(card: ModelCard, spec: ModelSpec, num_classes: int) -> nn.Module:
+    architecture, options = built_by(card.location), torchvision_options(card, num_classes)
+    if architecture in AUXILIARY:
+        options["init_weights"] = True  # torchvision warns where this is left open
     try:
         model = get_model(architecture, weights=None, **options)
     except (ValueError, RuntimeError) as error:
@@ -105,8 +115,8 @@ def _image_input(architecture: str) -> ImageInput:
     crop, short = int(preset.crop_size[0]), int(preset.resize_size[0])
     return ImageInput(
         size=(crop, crop),
-        mean=tuple(preset.mean),
-        std=tuple(preset.std),
+        mean=TENSORFLOW_MEAN_STD if architecture in AUXILIARY else tuple(preset.mean),
+        std=TENSORFLOW_MEAN_STD if architecture in AUXILIARY else tuple(preset.std),
         interpolation=preset.interpolation.value if preset.interpolation.value != "nearest" else "bilinear",
         crop_fraction=min(1.0, crop / short),
     )

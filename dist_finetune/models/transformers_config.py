@@ -16,6 +16,7 @@ from dist_finetune.errors import UserError, did_you_mean
 from dist_finetune.models.card import CNN_LR, TRANSFORMER_LR, ModelCard
 from dist_finetune.models.dropout import set_config_dropout
 from dist_finetune.models.hub import CONFIG_FILES, hub_folder
+from dist_finetune.models.weights import first_line
 from dist_finetune.spec import ModelSpec
 
 DEFAULT_MAX_LENGTH = 512
@@ -169,8 +170,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind where it has none."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -25,7 +25,6 @@ from dist_finetune.models.dropout import set_dropout
 from dist_finetune.models.hub import WEIGHT_FILES, commit_of, has_weights
 from dist_finetune.models.transformers_config import (
     classifier_config,
-    first_line,
     height_width,
     labels,
     read_config,
@@ -35,6 +34,7 @@ from dist_finetune.models.transformers_config import (
 )
 from dist_finetune.models.weights import (
     files_sha256,
+    first_line,
     head_tensors,
     raise_differences,
     read_weights,

@@ -58,10 +58,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: holds more than tensors, or is damaged. Files that could run code are not loaded: save the "
-            f"model's state_dict() as .safetensors. ({str(error).splitlines()[0]})"
+            f"model's state_dict() as .safetensors. ({first_line(error)})"
         ) from None
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: not a readable weight file (truncated?): {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not a readable weight file (truncated?): {first_line(error)}") from None
     for key in NESTED_KEYS:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
@@ -141,6 +141,11 @@ def tensors_sha256(state: Mapping[str, Tensor]) -> str:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind where it has none."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _few(names: list[str]) -> str:
