@@ -1,4 +1,4 @@
-"""The language of the `freeze:` section: block numbers, globs over names, ready words; each turned into tensor names."""
+"""The language of the `freeze:` section: block numbers, globs, ready words; each turned into tensor names."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -115,9 +115,7 @@ def _ready_word(word: str, structure: Structure, model: nn.Module) -> list[str] 
         return taken or "rule 'norms': this model has no normalisation layer with parameters outside its head"
     if match := re.fullmatch(r"all-but-last\s+(\d+)", word):
         return _all_but_last(int(match[1]), structure)
-    if word.startswith("all-but-last"):
-        return f"rule {word!r} needs a number of blocks, such as 'all-but-last 2'; {_depth(structure)}"
-    return f"unknown rule {word!r}. {did_you_mean(word, FREEZE_WORDS)} One of: {', '.join(FREEZE_WORDS)}"
+    return f"{word!r} is no ready word. {did_you_mean(word, FREEZE_WORDS)}"
 
 
 def norm_parameters(model: nn.Module) -> set[str]:
