@@ -189,8 +189,8 @@ def _alias_conflicts(structure: Structure, decided: dict[str, tuple[str, bool]])
         by = decided[free[0]][0] if free[0] in decided else None
         other_side = f"{by!r} lets it train" if by else f"no rule freezes it (part {structure.part_of(free[0]).label})"
         problems.append(
-            f"{frozen[0]} and {free[0]} are one tensor: {decided[frozen[0]][0]!r} freezes it under the first name, "
-            f'under the second, {other_side}. Freeze it under both (patterns: ["{free[0]}"]) or let it train under both '
+            f"{frozen[0]} and {free[0]} are one tensor: {decided[frozen[0]][0]!r} freezes it under the first name; "
+            f'under the second {other_side}. Freeze it under both (patterns: ["{free[0]}"]) or let it train under both '
             f'(except: ["{frozen[0]}"])'
         )
     return problems
