@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import datasets
 import huggingface_hub
 from datasets import DatasetDict
+from datasets.exceptions import DatasetsError
 
 from dist_finetune.errors import UserError, nearest
 
@@ -26,7 +27,7 @@ def load_from_hub(hub_id: str, config: str | None, key: str) -> DatasetDict:
     except ValueError as error:
         # Raised for a config that is missing or unknown; the message lists the valid ones.
         raise UserError(f"{key}: {hub_id}: {_first_lines(error)}. A config is written {hub_id}:CONFIG") from None
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, DatasetsError) as error:
         reason = "the hub can't be reached and the data is not in its cache" if offline else _first_lines(error)
         near = nearest(hub_id, ["builtin", *(path.name for path in Path.cwd().iterdir())])
         meant = f" Did you mean {' or '.join(near)}?" if near else ""
