@@ -1,0 +1,109 @@
+"""Which samples make optimizer step s: a pure function of seed, epoch and global batch size, never of the world size.
+
+The global order is cut into global batches first, and each global batch is then dealt to the ranks. So 1, 2 or 4
+processes, and a run that was stopped and resumed, see the same samples at the same step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+LENGTH_WINDOW = (
+    32  # global batches that one sort by length spans: wide enough to save padding, small enough to stay random
+)
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Row numbers of one forward pass on one rank; `is_filler` marks a pass that only keeps collectives in step."""
+
+    ids: Ids
+    is_filler: bool
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One optimizer step on one rank. `num_samples` counts the samples of all ranks: the divisor of the loss."""
+
+    step: int
+    epoch: int
+    num_samples: int
+    micro_batches: tuple[MicroBatch, ...]
+    ends_epoch: bool
+
+
+def global_batches(
+    num_rows: int, global_batch_size: int, seed: int, epoch: int, lengths: NDArray[np.int32] | None = None
+) -> list[Ids]:
+    """The row numbers of every global batch of an epoch, in order; the last may be smaller. Each row comes once.
+
+    With `lengths` (tokens per row) rows are sorted by length inside windows of `LENGTH_WINDOW` batches and the full
+    batches shuffled again, which saves padding and keeps batches random.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(num_rows)
+    if lengths is None:
+        return [order[i : i + global_batch_size] for i in range(0, num_rows, global_batch_size)]
+    num_full = num_rows // global_batch_size
+    full, rest = order[: num_full * global_batch_size], order[num_full * global_batch_size :]
+    batches: list[Ids] = []
+    window = LENGTH_WINDOW * global_batch_size
+    for start in range(0, len(full), window):
+        rows = full[start : start + window]
+        rows = rows[np.argsort(-lengths[rows], kind="stable")]
+        batches += [rows[i : i + global_batch_size] for i in range(0, len(rows), global_batch_size)]
+    batches = [batches[i] for i in rng.permutation(len(batches))]
+    return batches + ([rest[np.argsort(-lengths[rest], kind="stable")]] if len(rest) else [])
+
+
+def deal(batch: Ids, rank: int, world_size: int, micro_batch_size: int) -> tuple[MicroBatch, ...]:
+    """This rank's micro-batches of one global batch: every `world_size`-th row, so that ranks get rows of like length.
+
+    Every rank gets the same number of micro-batches, as collectives need; where rows run out, a filler that repeats the
+    batch's first row and must not count.
+    """
+    num_micro = -(-(-(-len(batch) // world_size)) // micro_batch_size)
+    share = batch[rank::world_size]
+    pieces = [share[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(num_micro)]
+    return tuple(MicroBatch(p, False) if len(p) else MicroBatch(batch[:1], True) for p in pieces)
+
+
+def training_steps(
+    num_rows: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    total_steps: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    lengths: NDArray[np.int32] | None = None,
+    first_step: int = 0,
+) -> Iterator[StepBatch]:
+    """One rank's optimizer steps `first_step` to `total_steps - 1`, epoch after epoch."""
+    steps_per_epoch = -(-num_rows // global_batch_size)
+    step = first_step
+    while step < total_steps:
+        epoch = step // steps_per_epoch
+        batches = global_batches(num_rows, global_batch_size, seed, epoch, lengths)
+        for position in range(step % steps_per_epoch, steps_per_epoch):
+            if step == total_steps:
+                return
+            batch = batches[position]
+            micro = deal(batch, rank, world_size, micro_batch_size)
+            yield StepBatch(step, epoch, len(batch), micro, position == steps_per_epoch - 1 or step == total_steps - 1)
+            step += 1
+
+
+def evaluation_batches(
+    num_rows: int, batch_size: int, rank: int, world_size: int, lengths: NDArray[np.int32] | None = None
+) -> list[MicroBatch]:
+    """This rank's evaluation batches: every row on exactly one rank, the same number of batches on each (fillers last)."""
+    order = np.arange(num_rows) if lengths is None else np.argsort(-lengths, kind="stable")
+    batches = [order[i : i + batch_size] for i in range(0, num_rows, batch_size)]
+    mine = [MicroBatch(b, False) for b in batches[rank::world_size]]
+    fillers = -(-len(batches) // world_size) - len(mine)
+    return mine + [MicroBatch(order[:1], True)] * fillers

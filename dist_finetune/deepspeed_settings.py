@@ -1,0 +1,97 @@
+"""The DeepSpeed config of a plan: every number concrete, none "auto", sized from the parameters that train.
+
+DeepSpeed derives some numbers from `hidden_size` where they are "auto", which a CNN does not have; and its default
+buckets of 5e8 elements cost 2 GB on a rank that trains a small head.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from dist_finetune.errors import UserError
+from dist_finetune.freeze import Manifest
+from dist_finetune.spec import Spec, Strategy
+
+if TYPE_CHECKING:
+    from dist_finetune.plan import BatchPlan
+
+BUCKET_ELEMENTS = 50_000_000  # 200 MB of fp32 gradients in flight: large enough for full bandwidth
+
+
+def deepspeed_settings(
+    spec: Spec, strategy: Strategy, batches: "BatchPlan", precision: str, manifest: Manifest, world_size: int
+) -> dict[str, Any] | None:
+    """The whole config that DeepSpeed gets, with the user's extra keys merged in; None for ddp.
+
+    Raises UserError where `shard.deepspeed` contradicts the plan or is set for a strategy that does not use DeepSpeed.
+    """
+    if strategy == "ddp":
+        if spec.shard.deepspeed:
+            raise UserError("shard.deepspeed has no effect on strategy ddp; remove it or choose zero1, zero2 or zero3")
+        return None
+    sizes = [r.num_elements for r in manifest.records if r.kind == "parameter" and not r.frozen]
+    largest = max(r.num_elements for r in manifest.records if r.kind == "parameter")
+    bucket = max(max(sizes), min(sum(sizes), BUCKET_ELEMENTS))
+    bucket += bucket % 2  # DeepSpeed aligns flat groups to two elements
+    stage = int(strategy.removeprefix("zero"))
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "round_robin_gradients": False,
+    }
+    if stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": max(largest, BUCKET_ELEMENTS // 5),
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "sub_group_size": 1_000_000_000,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
+    settings: dict[str, Any] = {
+        "train_batch_size": batches.global_batch_size,
+        "train_micro_batch_size_per_gpu": batches.micro_batch_size,
+        "gradient_accumulation_steps": batches.gradient_accumulation_steps,
+        "managed_gradient_accumulation": False,  # our loop says when a window ends, so that partial windows are exact
+        "gradient_clipping": spec.train.max_grad_norm or 0.0,  # left out, DeepSpeed under Accelerate would clip at 1.0
+        "steps_per_print": 1_000_000_000,
+        "zero_allow_untested_optimizer": True,
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+    }
+    if precision == "bf16":
+        # bf16.enabled would cast norms too; autocast keeps parameters and norms in fp32
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return _merge(settings, spec.shard.deepspeed, "shard.deepspeed")
+
+
+def _merge(settings: dict[str, Any], extra: dict[str, Any], where: str) -> dict[str, Any]:
+    merged = dict(settings)
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(merged.get(key, {}), dict):
+            merged[key] = _merge(merged.get(key, {}), value, f"{where}.{key}")
+        elif key in merged and merged[key] != value and key not in TUNABLE:
+            raise UserError(
+                f"{where}.{key}: {value!r} contradicts the plan, which needs {merged[key]!r}; "
+                "set it through train.* or shard.strategy, or remove it"
+            )
+        else:
+            merged[key] = value
+    return merged
+
+
+# Sizes that trade memory for speed and change no result.
+TUNABLE = {
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "sub_group_size",
+    "contiguous_gradients",
+    "steps_per_print",
+    "round_robin_gradients",
+}

@@ -1,0 +1,76 @@
+"""Evaluation over all ranks: every sample exactly once, metrics from the gathered logits."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+
+from dist_finetune.data.loading import Rows
+from dist_finetune.engine import Engine
+from dist_finetune.errors import TrainingError
+from dist_finetune.world import World, gather_objects
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Logits (N, num_classes) and labels (N,) in dataset order, and the metrics that follow from them."""
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+    metrics: dict[str, float]
+
+
+def evaluate(engine: Engine, rows: Rows, batch_size: int, world: World) -> Evaluation:
+    """Runs the model over `rows`, each row on one rank, and returns the same result on every rank. Collective."""
+    engine.module.eval()
+    batches = rows.evaluation_batches(batch_size, world)
+    loader = DataLoader(rows.dataset, batch_sampler=[b.ids.tolist() for b in batches], collate_fn=rows.collate)
+    logits, labels, ids = [], [], []
+    for micro, batch in zip(batches, loader, strict=True):
+        out = engine.predict(to_device(batch["inputs"], world.device)).cpu()
+        if not micro.is_filler:
+            logits.append(out)
+            labels.append(batch["labels"])
+            ids.append(torch.from_numpy(micro.ids))
+    mine = [torch.cat(parts) if parts else None for parts in (ids, logits, labels)]
+    gathered = [part for part in gather_objects(mine) if part[0] is not None]
+    order = torch.cat([part[0] for part in gathered])
+    if not torch.equal(order.sort().values, torch.arange(len(rows.dataset))):
+        raise TrainingError(f"evaluation saw {len(order)} rows instead of each of {len(rows.dataset)} once")
+    back = order.argsort()
+    all_logits = torch.cat([part[1] for part in gathered])[back]
+    all_labels = torch.cat([part[2] for part in gathered])[back]
+    return Evaluation(all_logits, all_labels, classification_metrics(all_logits, all_labels))
+
+
+def classification_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """loss, accuracy and macro F1 of logits (N, C) against labels (N,)."""
+    num_classes = logits.shape[1]
+    return {
+        "loss": nn.functional.cross_entropy(logits.double(), labels).item(),
+        "accuracy": multiclass_accuracy(logits, labels, num_classes, average="micro").item(),
+        "f1": multiclass_f1_score(logits, labels, num_classes, average="macro").item(),
+    }
+
+
+def to_device(inputs: dict[str, torch.Tensor] | torch.Tensor, device: torch.device) -> dict[str, torch.Tensor] | torch.Tensor:
+    """A batch's inputs on `device`, copied without blocking the host where memory is pinned."""
+    if isinstance(inputs, dict):
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+    return inputs.to(device, non_blocking=True)
+
+
+def is_better(metrics: dict[str, float], best: dict[str, float] | None) -> bool:
+    """True where accuracy rose, or stayed while the loss fell."""
+    if best is None:
+        return True
+    return (metrics["accuracy"], -metrics["loss"]) > (best["accuracy"], -best["loss"])
+
+
+def all_finite(values: Sequence[float]) -> bool:
+    """True where no value is NaN or infinite."""
+    return all(math.isfinite(v) for v in values)

@@ -1,0 +1,256 @@
+"""Spec + topology -> everything that will happen, decided before a GPU is taken or a weight is read.
+
+A plan is a frozen value. No later stage re-derives or corrects what it says; `run` writes it to plan.json.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from dist_finetune.data.tables import Tables, read_tables
+from dist_finetune.deepspeed_settings import deepspeed_settings
+from dist_finetune.errors import UserError
+from dist_finetune.freeze import Manifest, compile_freeze
+from dist_finetune.lint import LintNote, lint
+from dist_finetune.memory import StateBytes, state_bytes
+from dist_finetune.models.card import ModelCard
+from dist_finetune.models.sources import build_model, describe_model
+from dist_finetune.models.structure import Structure, structure_of
+from dist_finetune.optim import GroupPlan, plan_groups
+from dist_finetune.spec import Spec, Strategy
+
+MAX_TOKENS = 512  # default limit of max_length: what BERT's positions allow
+AUTO_MICRO_BATCH = {"cpu": 32, "cuda": 64}
+STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where a run will live. `device_memory_bytes` is None where no limit is known."""
+
+    num_nodes: int = 1
+    processes_per_node: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    device_memory_bytes: int | None = None
+    supports_bf16: bool = True
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.processes_per_node
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    num_rows: dict[str, int]
+    classes: tuple[str, ...]
+    modality: Literal["text", "image"]
+    columns: tuple[str, ...]
+    label: str
+    fingerprint: str
+    max_length: int | None
+    image_size: tuple[int, int] | None
+    num_workers: int
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Batch arithmetic: global_batch_size = micro_batch_size x gradient_accumulation_steps x world_size."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    eval_batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    last_batch_size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions of a run."""
+
+    spec: Spec
+    topology: Topology
+    card: ModelCard
+    data: DataPlan
+    structure: Structure
+    manifest: Manifest
+    notes: tuple[LintNote, ...]
+    groups: tuple[GroupPlan, ...]
+    batches: BatchPlan
+    lr: float
+    precision: Literal["fp32", "bf16"]
+    strategy: Strategy
+    strategy_reason: str
+    memory: dict[Strategy, StateBytes]
+    deepspeed: dict[str, Any] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values, without the tensor-by-tensor manifest, which freeze.json holds."""
+        out: dict[str, Any] = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in {"manifest", "structure"}
+        }
+        out["spec"] = self.spec.model_dump(mode="json", by_alias=True)
+        out["freeze"] = {
+            "digest": self.manifest.digest,
+            "num_frozen": self.manifest.num_frozen,
+            "num_trainable": self.manifest.num_trainable,
+            "rules": self.manifest.rules,
+            "parts": [
+                {"part": p.label, "modules": p.modules, "num_params": p.num_params} for p in self.structure.parts
+            ],
+        }
+        result: dict[str, Any] = json.loads(json.dumps(out, default=_jsonable))
+        return result
+
+    def digest(self) -> str:
+        """Short hash of every decision; ranks compare it before they start."""
+        text = json.dumps(self.to_json(), sort_keys=True) + self.manifest.digest
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _jsonable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    raise TypeError(f"{type(value)} has no JSON form")
+
+
+def make_plan(spec: Spec, topology: Topology | None = None) -> Plan:
+    """The plan of `spec` on `topology` (one process on this machine's device when left out). Reads data, no weights.
+
+    Raises UserError for anything wrong with the user's input.
+    """
+    return plan_run(spec, topology or local_topology(), read_tables(spec.data, spec.train.seed))
+
+
+def local_topology(processes: int = 1, num_nodes: int = 1) -> Topology:
+    """The topology of this machine's device with so many processes on a node."""
+    if not torch.cuda.is_available():
+        return Topology(num_nodes, processes, "cpu")
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return Topology(num_nodes, processes, "cuda", memory, torch.cuda.is_bf16_supported())
+
+
+def plan_run(spec: Spec, topology: Topology, tables: Tables) -> Plan:
+    """As `make_plan`, for data that is already read."""
+    card = describe_model(spec.model, spec.data.image_size)
+    data = _plan_data(spec, topology, tables, card)
+    with torch.device("meta"):
+        model = build_model(card, spec.model, data.classes)
+    structure = structure_of(model)
+    manifest = compile_freeze(spec.freeze, structure, model)
+    notes = lint(manifest, structure, model)
+    lr = spec.train.lr or card.default_lr
+    batches = _plan_batches(spec, topology, data)
+    precision = _plan_precision(spec, topology)
+    memory = {s: state_bytes(manifest, s, topology.world_size) for s in STRATEGIES}
+    strategy, reason = _plan_strategy(spec, topology, memory)
+    return Plan(
+        spec,
+        topology,
+        card,
+        data,
+        structure,
+        manifest,
+        notes,
+        plan_groups(manifest, structure, spec.train, lr),
+        batches,
+        lr,
+        precision,
+        strategy,
+        reason,
+        memory,
+        deepspeed_settings(spec, strategy, batches, precision, manifest, topology.world_size),
+    )
+
+
+def _plan_data(spec: Spec, topology: Topology, tables: Tables, card: ModelCard) -> DataPlan:
+    if tables.modality != card.modality:
+        raise UserError(
+            f"model.name: {spec.model.name} reads {card.modality}, but data.train has {tables.modality} rows; "
+            f"choose a model for {tables.modality} or other data"
+        )
+    splits = {"train": tables.train, "validation": tables.validation, "test": tables.test}
+    is_text = card.modality == "text"
+    if is_text and (spec.data.image_size or spec.data.augment):
+        raise UserError("data.image_size and data.augment have no effect on text; remove them")
+    if not is_text and spec.data.max_length:
+        raise UserError("data.max_length has no effect on images; remove it")
+    limit = card.max_length or MAX_TOKENS
+    if is_text and spec.data.max_length and spec.data.max_length > limit:
+        raise UserError(f"data.max_length: {spec.data.max_length} is more than the {limit} tokens {card.name} can read")
+    default_workers = 0 if is_text or topology.device == "cpu" else 8
+    return DataPlan(
+        {name: len(rows) for name, rows in splits.items() if rows is not None},
+        tables.classes,
+        tables.modality,
+        tables.text_columns or ((tables.image_column,) if tables.image_column else ()),
+        tables.label_column,
+        tables.fingerprint,
+        spec.data.max_length or min(limit, MAX_TOKENS) if is_text else None,
+        card.image.size if card.image else None,
+        default_workers if spec.data.num_workers is None else spec.data.num_workers,
+    )
+
+
+def _plan_batches(spec: Spec, topology: Topology, data: DataPlan) -> BatchPlan:
+    train, world_size = spec.train, topology.world_size
+    if train.global_batch_size % world_size:
+        below = train.global_batch_size // world_size * world_size
+        works = " or ".join(str(n) for n in (below, below + world_size) if n)
+        raise UserError(
+            f"train.global_batch_size: {train.global_batch_size} can't be divided over {world_size} processes; use {works}"
+        )
+    share = train.global_batch_size // world_size
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    if train.micro_batch_size == "auto":
+        micro = max(n for n in divisors if n <= AUTO_MICRO_BATCH[topology.device])
+    elif train.micro_batch_size in divisors:
+        micro = train.micro_batch_size
+    else:
+        works = ", ".join(map(str, divisors))
+        raise UserError(
+            f"train.micro_batch_size: {train.micro_batch_size} does not divide the {share} samples that each of "
+            f"{world_size} processes takes a step (global_batch_size {train.global_batch_size}); use one of {works}"
+        )
+    num_rows = data.num_rows["train"]
+    steps_per_epoch = -(-num_rows // train.global_batch_size)
+    total_steps = max(1, round(steps_per_epoch * train.epochs))
+    if train.max_steps is not None:
+        total_steps = min(total_steps, train.max_steps)
+    warmup = int(train.warmup) if train.warmup >= 1 else int(train.warmup * total_steps)
+    if warmup >= total_steps and warmup > 0:
+        raise UserError(f"train.warmup: {warmup} steps leave nothing of the run's {total_steps} steps; use fewer")
+    eval_batch = max(64, 2 * micro) if train.eval_batch_size == "auto" else train.eval_batch_size
+    last = num_rows - (steps_per_epoch - 1) * train.global_batch_size
+    return BatchPlan(
+        train.global_batch_size, micro, share // micro, eval_batch, steps_per_epoch, total_steps, warmup, last
+    )
+
+
+def _plan_precision(spec: Spec, topology: Topology) -> Literal["fp32", "bf16"]:
+    wanted = spec.train.precision
+    if wanted == "auto":
+        return "bf16" if topology.device == "cuda" and topology.supports_bf16 else "fp32"
+    if wanted == "bf16" and not topology.supports_bf16:
+        raise UserError("train.precision: this GPU has no bf16; use fp32")
+    return wanted
+
+
+def _plan_strategy(spec: Spec, topology: Topology, memory: dict[Strategy, StateBytes]) -> tuple[Strategy, str]:
+    """ddp moves the fewest bytes a step, then zero1, zero2, zero3: the first whose state fits is the cheapest."""
+    if spec.shard.strategy != "auto":
+        return spec.shard.strategy, "asked for"
+    limit = topology.device_memory_bytes
+    if limit is None or topology.world_size == 1:
+        return "ddp", "the cheapest; no memory limit is known" if limit is None else "one process has nobody to share with"
+    budget = 0.7 * limit  # the rest is for activations and the allocator
+    for strategy in STRATEGIES:
+        if memory[strategy].total <= budget:
+            return strategy, f"the cheapest whose state ({memory[strategy].total / 2**30:.1f} GiB a rank) fits"
+    return "zero3", "no strategy's state fits comfortably; zero3 needs the least"

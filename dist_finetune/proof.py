@@ -1,0 +1,62 @@
+"""Proof that what is frozen did not move: a digest of every frozen tensor and buffer at load, compared at every save.
+
+Names and digests go to freeze.json and summary.json, so that anyone can check a saved model against its source.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from dist_finetune.errors import TrainingError
+from dist_finetune.freeze import Manifest
+from dist_finetune.world import World, gather_objects
+
+if TYPE_CHECKING:
+    from dist_finetune.engine import Engine
+
+
+@dataclass(frozen=True)
+class FrozenProof:
+    """Result of a comparison: every frozen name, and those whose bytes differ from the bytes at load."""
+
+    verified: tuple[str, ...]
+    moved: tuple[str, ...]
+
+
+def digest_tensor(tensor: torch.Tensor) -> str:
+    """sha256 of a tensor's dtype, shape and bytes."""
+    data = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{data.dtype} {tuple(data.shape)} ".encode())
+    digest.update(data.view(-1).view(torch.uint8).numpy() if data.numel() else b"")
+    return digest.hexdigest()
+
+
+def digest_frozen(model: nn.Module, manifest: Manifest) -> dict[str, str]:
+    """Digest of each frozen parameter and buffer of a whole model, by name, in the manifest's order."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: digest_tensor(tensors[name]) for name in (*manifest.frozen, *manifest.frozen_buffers)}
+
+
+def verify_frozen(engine: "Engine", manifest: Manifest, at_load: dict[str, str], world: World) -> FrozenProof:
+    """Compares every frozen tensor and buffer, on every rank, with its digest at load; gathers where sharded.
+
+    Collective. Raises TrainingError that names the tensors that moved, and the rank.
+    """
+    tensors = dict(engine.module.named_parameters()) | dict(engine.module.named_buffers())
+    moved = []
+    for name, expected in at_load.items():
+        with engine.gathered(tensors[name]):
+            if digest_tensor(tensors[name]) != expected:
+                moved.append(name)
+    everywhere = gather_objects(moved)
+    bad = [(rank, names) for rank, names in enumerate(everywhere) if names]
+    if bad:
+        rank, names = bad[0]
+        raise TrainingError(
+            f"{len(names)} frozen tensors changed in training on rank {rank}, first {names[0]}: the run is not to be "
+            "trusted. Something outside the plan wrote to them; nothing was exported."
+        )
+    return FrozenProof(tuple(at_load), ())

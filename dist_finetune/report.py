@@ -1,0 +1,152 @@
+"""What a run tells: metrics.jsonl, log.txt, the terminal and trackers. Silent on every rank but the first."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dist_finetune.spec import Spec
+from dist_finetune.tracking import WandbRun, start_wandb
+
+PLAIN_LINE_EVERY_S = 5.0  # between two progress lines where the output is no terminal
+
+
+class Sink(Protocol):
+    """Something that takes metrics by step: W&B, TensorBoard."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def finish(self, summary: dict[str, Any], exit_code: int) -> None: ...
+
+
+class Reporter:
+    """Writes nothing until `open_files`, and never anything on a rank other than the first."""
+
+    def __init__(self, is_first: bool) -> None:
+        self._is_first = is_first
+        self._metrics: Any = None
+        self._sinks: list[Sink] = []
+        self._console = Console(file=sys.stdout, quiet=not is_first, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._total_steps, self._last_line_s = 0, 0.0
+        self.wandb_mode = "off"
+
+    def open_files(self, folder: Path) -> None:
+        """Starts metrics.jsonl and log.txt in an existing run folder."""
+        if not self._is_first:
+            return
+        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger = logging.getLogger("dist_finetune")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+
+    def open_trackers(self, spec: Spec, folder: Path, config: dict[str, Any]) -> None:
+        """Starts the trackers that `track` asks for."""
+        if not self._is_first:
+            return
+        run = start_wandb(spec.track, folder, spec.name, config)
+        if isinstance(run, WandbRun):
+            self.wandb_mode = run.mode
+            self._sinks.append(run)
+            self.say(f"W&B: {run.mode}, {run.url or folder / 'wandb'}")
+        if spec.track.tensorboard:
+            self._sinks.append(TensorBoard(folder))
+
+    def say(self, message: Any) -> None:
+        """A line (or a rich table) for the user, and for log.txt."""
+        if not self._is_first:
+            return
+        (self._progress.console if self._progress else self._console).print(message, highlight=False)
+        if isinstance(message, str):
+            logging.getLogger("dist_finetune").info(message)
+
+    def notes(self, messages: Iterable[str]) -> None:
+        """A line for each thing that is allowed, but that the user may not have meant."""
+        for message in messages:
+            self.say(f"note: {message}")
+
+    def start_progress(self, total_steps: int) -> None:
+        """Shows a bar on a terminal; elsewhere `log` prints a line every few seconds."""
+        self._total_steps, self._last_line_s = total_steps, time.monotonic()
+        if self._is_first and self._console.is_terminal:
+            columns = [TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}")]
+            self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True)
+            self._progress.add_task("steps", total=total_steps, text="")
+            self._progress.start()
+
+    def stop_progress(self) -> None:
+        """Takes the bar away."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Records metrics at optimizer step `step` everywhere."""
+        if not self._is_first:
+            return
+        if self._metrics:
+            self._metrics.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+            self._metrics.flush()
+        for sink in self._sinks:
+            sink.log(step, metrics)
+        if "train/loss" in metrics:
+            self._show_progress(step, f"loss {metrics['train/loss']:.4f}, {metrics['perf/samples_per_s']:.0f} samples/s")
+
+    def _show_progress(self, step: int, text: str) -> None:
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], completed=step, text=text)
+        elif time.monotonic() - self._last_line_s > PLAIN_LINE_EVERY_S:
+            self._last_line_s = time.monotonic()
+            self._console.print(f"step {step}/{self._total_steps}: {text}", highlight=False)
+
+    def finish(self, summary: dict[str, Any], exit_code: int) -> None:
+        """Closes files and trackers; `summary` becomes the trackers' summary."""
+        self.stop_progress()
+        for sink in self._sinks:
+            sink.finish(summary, exit_code)
+        self._sinks = []
+        if self._metrics:
+            self._metrics.close()
+            self._metrics = None
+        logger = logging.getLogger("dist_finetune")
+        for handler in list(logger.handlers):
+            if isinstance(handler, logging.FileHandler):
+                handler.close()
+                logger.removeHandler(handler)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finish({}, 0 if error is None else 1)
+
+
+class TensorBoard:
+    """TensorBoard event files in <run>/tensorboard."""
+
+    def __init__(self, folder: Path) -> None:
+        from dist_finetune.errors import UserError
+
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("track.tensorboard: needs the package tensorboard: pip install tensorboard") from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self, summary: dict[str, Any], exit_code: int) -> None:
+        self._writer.close()

@@ -1,0 +1,80 @@
+"""The one file that talks to Weights & Biases: one run per job, made by one process, never in the way of training."""
+
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from dist_finetune.errors import UserError
+from dist_finetune.spec import TrackSpec
+
+INIT_TIMEOUT_S = 30
+FINISH_TIMEOUT_S = 60
+ID_FILE = "wandb.json"  # keeps the run's id in the run folder, so that a restarted job goes on in the same run
+
+logger = logging.getLogger(__name__)
+
+
+class WandbRun:
+    """A W&B run that ends within a deadline; every failure after the start is a warning, never an error."""
+
+    def __init__(self, run: Any, mode: str) -> None:
+        self._run, self.mode = run, mode
+        self.url: str | None = run.url if mode == "online" else None
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds metrics at optimizer step `step`."""
+        try:
+            self._run.log({**metrics, "step": step}, step=step)
+        except Exception as error:  # the client's own failure, of whatever kind, must not end training
+            logger.warning("W&B: %s", error)
+
+    def finish(self, summary: dict[str, Any], exit_code: int) -> None:
+        """Uploads what is left, for at most FINISH_TIMEOUT_S seconds; the files stay for `wandb sync` otherwise."""
+
+        def close() -> None:
+            self._run.summary.update(summary)
+            self._run.finish(exit_code=exit_code)
+
+        thread = threading.Thread(target=close, daemon=True)
+        thread.start()
+        thread.join(FINISH_TIMEOUT_S)
+        if thread.is_alive():
+            logger.warning("W&B: not finished after %s s; upload the rest with: wandb sync %s", FINISH_TIMEOUT_S, self._run.dir)
+
+
+def start_wandb(track: TrackSpec, folder: Path, name: str, config: dict[str, Any]) -> WandbRun | None:
+    """The W&B run of a run folder: the same id at every start; offline where not logged in. None for `wandb: off`.
+
+    Raises UserError for `online` without a login.
+    """
+    if track.wandb == "off":
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    if track.wandb == "online" and not logged_in:
+        raise UserError("track.wandb: online needs a login: run `wandb login`, or set WANDB_API_KEY; or use offline")
+    asked = os.environ.get("WANDB_MODE") if track.wandb == "auto" else track.wandb
+    mode = asked or ("online" if logged_in else "offline")
+    saved = folder / ID_FILE
+    run_id = json.loads(saved.read_text())["id"] if saved.exists() else wandb.util.generate_id()
+    saved.write_text(json.dumps({"id": run_id}))
+    common = {
+        "project": track.project,
+        "entity": track.entity,
+        "name": name,
+        "id": run_id,
+        "resume": "allow",
+        "dir": str(folder),
+        "config": config,
+    }
+    settings = wandb.Settings(init_timeout=INIT_TIMEOUT_S, console="off")
+    try:
+        return WandbRun(wandb.init(mode=mode, settings=settings, **common), mode)
+    except Exception as error:  # no server, no network, a refused key: the run itself must go on
+        logger.warning("W&B: %s; going on offline", error)
+        return WandbRun(wandb.init(mode="offline", settings=settings, **common), "offline")

@@ -1,0 +1,179 @@
+"""Who am I among the processes: join the process group that the launcher made, and agree with every other rank.
+
+The only file that starts or ends a process group. Works alone (one process, a notebook too) and under any launcher that
+`dist_finetune.launchers.environment` knows.
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dist_finetune.errors import DistFinetuneError, UserError
+from dist_finetune.launchers.environment import torch_variables, world_from_environment
+from dist_finetune.spec import LaunchSpec
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank's place in the job, as checked against every other rank."""
+
+    launcher: str
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    made_group: bool
+    """False where the caller's own process group was joined, which is then left as it is."""
+
+    @property
+    def num_nodes(self) -> int:
+        return -(-self.world_size // self.local_world_size)
+
+    @property
+    def is_first(self) -> bool:
+        """True on the one rank that writes files and speaks to the user."""
+        return self.rank == 0
+
+
+def join_world(launch: LaunchSpec) -> World:
+    """Joins (or, alone, makes) the process group; gloo for CPU tensors, NCCL for CUDA tensors.
+
+    Raises UserError where the launcher's variables and the ranks that really arrived disagree, or two ranks share a GPU.
+    """
+    found = world_from_environment(os.environ)
+    device = _device(found.local_rank, found.local_world_size)
+    _set_cpu_threads(launch, found.local_world_size)
+    os.environ.update(torch_variables(found))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=launch.timeout)
+    made_group = not dist.is_initialized()
+    if made_group:
+        if found.world_size == 1:
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ.setdefault("MASTER_PORT", "29500")  # never opened: the store lives in this process
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    world = World(
+        found.launcher, found.rank, found.local_rank, found.world_size, found.local_world_size, device, made_group
+    )
+    _check_ranks(world)
+    return world
+
+
+def leave_world(world: World) -> None:
+    """Ends the process group that `join_world` made, so that the interpreter exits without a warning or a hang."""
+    if world.made_group and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int, local_world_size: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if visible >= local_world_size:
+        index = local_rank
+    elif visible == 1:
+        index = 0  # the scheduler gave each task one GPU of its own; _check_ranks proves that they differ
+    else:
+        raise UserError(
+            f"{local_world_size} processes on {socket.gethostname()}, but {visible} visible GPUs: "
+            f"start {visible} processes a node, or make more GPUs visible (CUDA_VISIBLE_DEVICES)"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _set_cpu_threads(launch: LaunchSpec, local_world_size: int) -> None:
+    if launch.cpu_threads == "auto":
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    else:
+        torch.set_num_threads(launch.cpu_threads)
+
+
+def _check_ranks(world: World) -> None:
+    """Every rank there once, every GPU used once, the same world size everywhere."""
+    if dist.get_world_size() != world.world_size or dist.get_rank() != world.rank:
+        raise UserError(
+            f"the process group has rank {dist.get_rank()} of {dist.get_world_size()}, {world.launcher}'s variables say "
+            f"rank {world.rank} of {world.world_size}: start one launcher only, without variables of another"
+        )
+    gpu = str(torch.cuda.get_device_properties(world.device).uuid) if world.device.type == "cuda" else None
+    places = gather_objects((world.rank, world.world_size, socket.gethostname(), gpu))
+    if sorted(p[0] for p in places) != list(range(world.world_size)):
+        raise UserError(f"ranks {sorted(p[0] for p in places)} arrived, 0 to {world.world_size - 1} were expected")
+    gpus = [(host, uuid) for _, _, host, uuid in places if uuid]
+    shared = sorted({g for g in gpus if gpus.count(g) > 1})
+    if shared:
+        ranks = [p[0] for p in places if (p[2], p[3]) == shared[0]]
+        raise UserError(
+            f"ranks {ranks} on {shared[0][0]} would share one GPU ({shared[0][1]}): "
+            "give each task its own (srun --gpus-per-task=1) or let all tasks of a node see all its GPUs"
+        )
+
+
+def gather_objects(value: T) -> list[T]:
+    """`value` of every rank, in rank order, on every rank."""
+    out: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum of `values` over all ranks, in place."""
+    dist.all_reduce(values)
+    return values
+
+
+def together(work: Callable[[], T]) -> T:
+    """Runs `work` on every rank at once; one rank's failure is everybody's, so that no rank waits for a dead one.
+
+    Raises on every rank the DistFinetuneError of the lowest rank that failed.
+    """
+    result, error = _attempt(work)
+    errors = [e for e in gather_objects(error) if e is not None]
+    if errors:
+        raise errors[0]
+    return result  # type: ignore[return-value]
+
+
+def on_first(world: World, work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0 only and returns its result, or raises its DistFinetuneError, on every rank."""
+    result, error = _attempt(work) if world.is_first else (None, None)
+    result, error = _from_first((result, error))
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, DistFinetuneError | None]:
+    try:
+        return work(), None
+    except DistFinetuneError as error:
+        return None, error
+
+
+def _from_first(value: T) -> T:
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def require_same(label: str, value: str, hint: str) -> None:
+    """Raises UserError unless `value` is the same on every rank; `hint` says what to do where it is not."""
+    values = gather_objects(value)
+    if len(set(values)) > 1:
+        other = next(rank for rank, v in enumerate(values) if v != values[0])
+        raise UserError(f"{label} differs between ranks: rank 0 has {values[0]}, rank {other} has {values[other]}. {hint}")
