@@ -505,3 +505,57 @@ def test_visible_gpus_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert count_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == 0
     assert count_gpus({"CUDA_VISIBLE_DEVICES": "0,-1,1"}) == 1
     assert count_gpus({"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5"}) == 4
+
+
+# --- launchers of others, as installed -------------------------------------------------------------------------------
+
+SHOW = """
+import dataclasses, json, os, sys
+from dist_finetune.launchers.brought import brought_settings
+from dist_finetune.launchers.environment import world_from_environment
+place = dataclasses.asdict(world_from_environment(os.environ))
+line = json.dumps([place, brought_settings(os.environ)]) + "\\n"
+os.write(1, line.encode())
+"""
+CPU_CONFIG = Path(__file__).parents[2] / "launch" / "accelerate" / "cpu_2.yaml"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("launch", "launcher", "brings"),
+    [
+        (["torchrun", "--nproc-per-node", "2", "--master-port", "0"], "torchrun", {}),
+        (["accelerate", "launch", "--config_file", str(CPU_CONFIG)], "accelerate launch", {}),
+        (
+            [
+                *("accelerate", "launch", "--num_processes", "2", "--main_process_port", "0"),
+                *("--use_deepspeed", "--zero_stage", "3", "--mixed_precision", "bf16"),
+            ],
+            "accelerate launch",
+            {
+                "ACCELERATE_USE_DEEPSPEED": "true",
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+                "ACCELERATE_MIXED_PRECISION": "bf16",
+            },
+        ),
+        (["deepspeed", "--num_accelerators", "2", "--master_port", "29563"], "deepspeed", {}),
+    ],
+    ids=["torchrun", "accelerate", "accelerate-deepspeed", "deepspeed"],
+)
+def test_real_launchers_are_recognised(
+    tmp_path: Path, launch: list[str], launcher: str, brings: dict[str, str]
+) -> None:
+    script = tmp_path / "show.py"
+    script.write_text(SHOW)
+    program = str(Path(sys.executable).parent / launch[0])
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [program, *launch[1:], str(script)], capture_output=True, text=True, timeout=120, check=False, env=env
+    )
+    shown = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{")]
+    assert done.returncode == 0, done.stderr
+    assert sorted(place["rank"] for place, _ in shown) == [0, 1]
+    for place, brought in shown:
+        assert (place["launcher"], place["world_size"], place["local_world_size"]) == (launcher, 2, 2)
+        assert place["local_rank"] == place["rank"]
+        assert brought == brings
