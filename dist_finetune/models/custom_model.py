@@ -101,7 +101,15 @@ def _call(function: Callable[..., Any], num_classes: int, name: str) -> nn.Modul
         model = function(num_classes=num_classes)
     except Exception as error:
         # The user's code may raise anything; it ends up in one readable line, the traceback under --debug.
-        raise UserError(f"model.name {name}: calling it with num_classes={num_classes} failed: {error!r}") from error
+        on_meta = torch.get_default_device().type == "meta"
+        where = (
+            " on the meta device (plans are made there, without memory: it should only create layers)"
+            if on_meta
+            else ""
+        )
+        raise UserError(
+            f"model.name {name}: calling it with num_classes={num_classes} failed{where}: {error!r}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name {name}: it returned {type(model).__name__}, not a torch.nn.Module")
     return model

@@ -45,12 +45,12 @@ def export_model(
             tokenizer.save_pretrained(folder)
 
 
-def load_exported(folder: Path) -> tuple[nn.Module, ModelCard, tuple[str, ...]]:
+def load_exported(folder: Path, trust_remote_code: bool = False) -> tuple[nn.Module, ModelCard, tuple[str, ...]]:
     """The classifier in `folder`, in eval mode, fp32, with its card and classes.
 
     Raises UserError where the folder holds no classifier with class names, or its weights are not whole.
     """
-    spec = ModelSpec(name=str(folder))
+    spec = ModelSpec(name=str(folder), trust_remote_code=trust_remote_code)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of a model")
     card = describe_model(spec)

@@ -74,11 +74,11 @@ def hub_folder(repo: str, revision: str | None, patterns: list[str], weights: bo
     online = is_hub_reachable()
     try:
         folder = _snapshot(repo, revision, patterns, online)
-        if weights and not has_weights(folder):
-            for pattern in WEIGHT_FILES:
-                folder = _snapshot(repo, revision, [*patterns, pattern], online)
-                if has_weights(folder):
-                    break
+        for pattern in WEIGHT_FILES if weights else ():
+            # Asked for even where the cache holds some: an earlier download may have stopped between two files.
+            folder = _snapshot(repo, revision, [*patterns, pattern], online)
+            if has_weights(folder):
+                break
     except LocalEntryNotFoundError:
         raise UserError(_how_to_bring(repo, online)) from None
     except GatedRepoError:

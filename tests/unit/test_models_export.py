@@ -101,8 +101,8 @@ def test_an_image_model_of_transformers_leaves_with_its_processor(tmp_path: Path
     ("name", "size", "options"),
     [
         ("demo:efficientnet-lite0", 64, {}),
-        ("timm:resnet10t", None, {"weights": "none"}),
-        ("timm:vit_tiny_patch16_224", 64, {"weights": "none"}),
+        ("timm:test_convnext", None, {"weights": "none"}),
+        ("timm:test_vit", 64, {"weights": "none"}),
     ],
 )
 def test_a_timm_model_leaves_as_a_folder_for_create_model(
@@ -136,6 +136,19 @@ def test_a_torchvision_model_leaves_with_what_it_takes_to_load_it(tmp_path: Path
     again.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert torch.equal(again(images), model(images))
     check_ours(tmp_path, model, card, images)
+
+
+def test_models_born_in_tensorflow_take_their_own_normalisation() -> None:
+    image = describe_model(ModelSpec(name="torchvision:googlenet")).image
+    assert image is not None
+    pixels = torch.rand(2, 3, 64, 64)
+    published = torchvision.models.googlenet(transform_input=True, aux_logits=False, init_weights=False).eval()
+    ours = torchvision.models.googlenet(transform_input=False, aux_logits=False, init_weights=False).eval()
+    ours.load_state_dict(published.state_dict())
+    preset = torchvision.models.GoogLeNet_Weights.DEFAULT.transforms()
+    expected = published(torchvision.transforms.functional.normalize(pixels, preset.mean, preset.std))
+    found = ours(torchvision.transforms.functional.normalize(pixels, image.mean, image.std))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_of_the_users_own_leaves_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -127,7 +129,7 @@ def test_a_live_zero3_config_and_fsdp_variables_change_nothing(bert: Path, monke
 
 
 def test_weights_none_is_random_from_the_seed_and_says_so() -> None:
-    for name in ("timm:resnet10t", "torchvision:mobilenet_v3_small"):
+    for name in ("timm:test_resnet", "torchvision:mobilenet_v3_small"):
         model, provenance = load(name, seed=1, weights="none")
         assert same(model.state_dict(), load(name, seed=1, weights="none")[0].state_dict())
         assert provenance.sha256 != load(name, seed=2, weights="none")[1].sha256
@@ -147,7 +149,7 @@ def test_the_demo_cnn_holds_the_files_tensors_under_timms_names() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-@pytest.mark.parametrize("name", ["timm:resnet10t", "torchvision:mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ["timm:test_resnet", "torchvision:mobilenet_v3_small"])
 def test_a_weight_file_fills_all_but_the_head(tmp_path: Path, name: str, suffix: str) -> None:
     source = load(name, tuple("abcdefg"), weights="none", seed=8)[0].state_dict()
     file = tmp_path / f"weights{suffix}"
@@ -196,6 +198,29 @@ def test_a_masked_language_model_becomes_a_classifier(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("distilbert", {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64, "vocab_size": 60}),
+        ("deberta-v2", {**TINY, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+        ("xlnet", {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 64, "vocab_size": 60}),
+        ("modernbert", {**TINY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1}),
+        ("vit", {**TINY, "image_size": 32, "patch_size": 8}),
+        ("resnet", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}),
+    ],
+)
+def test_a_bare_model_of_each_family_gives_its_whole_body(tmp_path: Path, kind: str, fields: dict[str, Any]) -> None:
+    source = AutoModel.from_config(AutoConfig.for_model(kind, **fields))
+    source.save_pretrained(tmp_path)
+    model, provenance = load(tmp_path)
+    prefix = f"{model.base_model_prefix}."
+    body = {n.removeprefix(prefix): t for n, t in model.state_dict().items() if n.startswith(prefix)}
+    given = source.state_dict()
+    assert len(body) >= 10
+    assert all(torch.equal(body[name], given[name]) for name in body)
+    assert not any(name.startswith(prefix) for name in provenance.initialized)
+
+
 def test_files_that_could_run_code_or_are_damaged_are_refused(tmp_path: Path) -> None:
     class Harm:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -204,7 +229,7 @@ def test_files_that_could_run_code_or_are_damaged_are_refused(tmp_path: Path) ->
     torch.save({"weight": Harm()}, tmp_path / "harm.pth")
     (tmp_path / "harm.bin").write_bytes(pickle.dumps(Harm()))
     for name in ("harm.pth", "harm.bin"):
-        assert "could run code" in refusal("timm:resnet10t", weights=str(tmp_path / name))
+        assert "could run code" in refusal("timm:test_resnet", weights=str(tmp_path / name))
     assert not (tmp_path / "was_run").exists()
     whole = tmp_path / "whole.safetensors"
     write_weights({"weight": torch.ones(100)}, whole)
@@ -213,7 +238,7 @@ def test_files_that_could_run_code_or_are_damaged_are_refused(tmp_path: Path) ->
     (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:300])
     (tmp_path / "empty.pth").touch()
     for name in ("cut.safetensors", "cut.pth", "empty.pth"):
-        assert name in refusal("timm:resnet10t", weights=str(tmp_path / name))
+        assert name in refusal("timm:test_resnet", weights=str(tmp_path / name))
 
 
 def test_a_damaged_folder_is_named(bert: Path) -> None:
@@ -223,8 +248,8 @@ def test_a_damaged_folder_is_named(bert: Path) -> None:
 
 
 def test_as_many_classes_as_the_source_by_chance_still_get_a_new_head(tmp_path: Path) -> None:
-    source = timm.create_model("resnet10t", num_classes=3)
+    source = timm.create_model("test_resnet", num_classes=3)
     write_weights(source.state_dict(), tmp_path / "w.safetensors")
-    model, provenance = load("timm:resnet10t", weights=str(tmp_path / "w.safetensors"))
+    model, provenance = load("timm:test_resnet", weights=str(tmp_path / "w.safetensors"))
     assert provenance.initialized == ("fc.weight", "fc.bias")
     assert not torch.equal(model.state_dict()["fc.weight"], source.state_dict()["fc.weight"])

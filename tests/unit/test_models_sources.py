@@ -1,7 +1,10 @@
 """What a model's name says before any weight is read, and what a wrong name is answered with."""
 
+import http.server
 import importlib.util
 import json
+import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -101,6 +104,23 @@ def test_offline_mode_does_not_look_for_the_network(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "is_reachable", lambda url: pytest.fail("asked the network"))
     assert not hub.is_hub_reachable()
+
+
+def test_the_network_is_asked_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "REACH_TIMEOUT_S", 0.3)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        start = time.perf_counter()
+        assert not hub.is_reachable.__wrapped__(url)
+        assert time.perf_counter() - start < 2
+    assert not hub.is_reachable.__wrapped__(url), "nothing listens there any more"
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    monkeypatch.setattr(hub, "REACH_TIMEOUT_S", 5.0)
+    # This server knows no HEAD and answers 501: an answer all the same.
+    assert hub.is_reachable.__wrapped__(f"http://127.0.0.1:{server.server_port}")
+    server.server_close()
 
 
 def test_text_length_is_what_positions_and_tokenizer_both_allow(tmp_path: Path) -> None:
