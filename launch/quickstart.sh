@@ -59,11 +59,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-table = Table("run", "accuracy before", "after", "frozen", "trainable", "verified", "seconds", "peak GiB", title="Both runs")
-for folder in sys.argv[1:]:
-    run = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
-    before, after = (run[metrics].get("eval/accuracy", float("nan")) for metrics in ("metrics_before", "metrics"))
-    counts = (f"{run['num_frozen']:,}", f"{run['num_trainable']:,}", f"{run['num_frozen_tensors_verified']} tensors")
-    table.add_row(folder, f"{before:.3f}", f"{after:.3f}", *counts, f"{run['total_s']:.0f}", f"{run['peak_memory_gib']:.2f}")
+folders = [Path(argument) for argument in sys.argv[1:]]
+runs = [json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in folders]
+table = Table("", *(folder.name for folder in folders), title="Both runs")
+for label, text in {
+    "accuracy before": lambda run: f"{run['metrics_before']['eval/accuracy']:.3f}",
+    "accuracy after": lambda run: f"{run['metrics']['eval/accuracy']:.3f}",
+    "parameters frozen": lambda run: f"{run['num_frozen']:,}",
+    "parameters trainable": lambda run: f"{run['num_trainable']:,}",
+    "frozen tensors verified": lambda run: str(run["num_frozen_tensors_verified"]),
+    "seconds": lambda run: f"{run['total_s']:.0f}",
+    "peak GiB a process": lambda run: f"{run['peak_memory_gib']:.2f}",
+    "run folder": lambda run: run["folder"],
+}.items():
+    table.add_row(label, *(text(run) for run in runs))
 Console().print(table)
 PYTHON
