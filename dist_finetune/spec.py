@@ -7,10 +7,12 @@ Reading a spec imports neither torch nor transformers, so that `--help` and a co
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
-from dist_finetune.durations import parse_duration_s
 from dist_finetune.errors import did_you_mean
+from dist_finetune.spec_base import AutoOrPositive, DurationS, PositiveInt, Section, StringList
+from dist_finetune.spec_base import empty_section as _section
+from dist_finetune.spec_launch import CloudSpec, SlurmSpec
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
 FREEZE_WORDS = ("none", "backbone", "norms", "bias-only", "all-but-last N")
@@ -25,10 +27,6 @@ def _as_layers(value: Any) -> Any:
     return value
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, (str, int, float)) else value
-
-
 def _fraction_or_sources(value: Any) -> Any:
     """One check for both forms of `data.validation`, so that a wrong value is one problem and not one for each form."""
     if isinstance(value, (int, float)):
@@ -41,42 +39,15 @@ def _fraction_or_sources(value: Any) -> Any:
     return tuple(sources)
 
 
-def _section(value: Any) -> Any:
-    """A section whose keys are all commented out is one with every default."""
-    return {} if value is None else value
-
-
 def _freeze_section(value: Any) -> Any:
     """`freeze: backbone` is short for `freeze: {rule: backbone}`."""
     return {"rule": value} if isinstance(value, str) else _section(value)
 
 
-StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 Layers = Annotated[str | None, BeforeValidator(_as_layers, json_schema_input_type=int | str | list[int | str] | None)]
 FractionOrSources = Annotated[
     float | tuple[str, ...], BeforeValidator(_fraction_or_sources, json_schema_input_type=float | str | list[str])
 ]
-DurationS = Annotated[float, BeforeValidator(parse_duration_s, json_schema_input_type=float | str)]
-PositiveInt = Annotated[int, Field(gt=0)]
-AutoOrPositive = Literal["auto"] | PositiveInt
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values don't change after the check."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, coerce_numbers_to_str=True
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python counts true as 1, so `epochs: true` would pass as one epoch."""
-        field = cls.model_fields[info.field_name or ""]
-        if isinstance(value, bool) and field.annotation is not bool:
-            meaning = f" It takes: {field.description}" if field.description else ""
-            raise ValueError(f"{str(value).lower()} has no meaning here.{meaning}")
-        return value
 
 
 class ModelSpec(Section):
@@ -209,6 +180,8 @@ class LaunchSpec(Section):
     """Threads a rank uses for CPU work; auto: cores of the node divided by its ranks."""
     timeout: DurationS = 1800.0
     """Seconds (or "30 min") that a collective waits for an absent rank."""
+    slurm: Annotated[SlurmSpec, BeforeValidator(_section)] = SlurmSpec()
+    cloud: Annotated[CloudSpec, BeforeValidator(_section)] = CloudSpec()
 
 
 class Spec(Section):
