@@ -17,7 +17,7 @@ BUCKET_ELEMENTS = 50_000_000  # 200 MB of fp32 gradients in flight: large enough
 
 
 def deepspeed_settings(
-    spec: Spec, strategy: Strategy, batches: "BatchPlan", precision: str, manifest: Manifest, world_size: int
+    spec: Spec, strategy: Strategy, batches: "BatchPlan", precision: str, manifest: Manifest
 ) -> dict[str, Any] | None:
     """The whole config that DeepSpeed gets, with the user's extra keys merged in; None for ddp.
 

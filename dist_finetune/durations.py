@@ -16,3 +16,16 @@ def parse_duration_s(value: Any) -> Any:
     if not found or (found[2] or "s") not in SECONDS_PER_UNIT or float(found[1]) <= 0:
         raise ValueError(f'{value!r} is no duration; write a number and s, min, h or day, such as "30 min"')
     return float(found[1]) * SECONDS_PER_UNIT[found[2] or "s"]
+
+
+def parse_interval(value: Any) -> tuple[float, str]:
+    """`(200, "steps")` of "200 steps", `(1, "epochs")` of "1 epoch", `(1800, "s")` of "30 min"."""
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        value = f"{value[0]:g} {value[1]}"  # as a written-out config holds it
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(step|epoch)s?\s*", str(value).lower())
+    if not found:
+        return float(parse_duration_s(value)), "s"
+    number = float(found[1])
+    if number <= 0 or (found[2] == "step" and number != int(number)):
+        raise ValueError(f'{value!r} is no interval; write a whole number of steps, such as "200 steps"')
+    return number, f"{found[2]}s"

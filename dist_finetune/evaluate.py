@@ -1,7 +1,7 @@
 """Evaluation over all ranks: every sample exactly once, metrics from the gathered logits."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +24,19 @@ class Evaluation:
     metrics: dict[str, float]
 
 
-def evaluate(engine: Engine, rows: Rows, batch_size: int, world: World) -> Evaluation:
-    """Runs the model over `rows`, each row on one rank, and returns the same result on every rank. Collective."""
+def evaluate(
+    engine: Engine, rows: Rows, batch_size: int, world: World, between: Callable[[], None] = lambda: None
+) -> Evaluation:
+    """Runs the model over `rows`, each row on one rank, and returns the same result on every rank. Collective.
+
+    Calls `between` before each batch, as often on every rank; it may raise to end the evaluation.
+    """
     engine.module.eval()
     batches = rows.evaluation_batches(batch_size, world)
     loader = DataLoader(rows.dataset, batch_sampler=[b.ids.tolist() for b in batches], collate_fn=rows.collate)
     logits, labels, ids = [], [], []
     for micro, batch in zip(batches, loader, strict=True):
+        between()
         out = engine.predict(to_device(batch["inputs"], world.device)).cpu()
         if not micro.is_filler:
             logits.append(out)
@@ -64,10 +70,14 @@ def to_device(inputs: dict[str, torch.Tensor] | torch.Tensor, device: torch.devi
     return inputs.to(device, non_blocking=True)
 
 
-def is_better(metrics: dict[str, float], best: dict[str, float] | None) -> bool:
-    """True where accuracy rose, or stayed while the loss fell."""
+def is_better(metrics: dict[str, float], best: dict[str, float] | None, key: str | None = None) -> bool:
+    """True where the metric `key` (such as "eval/f1") is better; without a key, where accuracy rose, or stayed while
+    the loss fell."""
     if best is None:
         return True
+    if key:
+        name = key.removeprefix("eval/")
+        return metrics[name] < best[name] if name == "loss" else metrics[name] > best[name]
     return (metrics["accuracy"], -metrics["loss"]) > (best["accuracy"], -best["loss"])
 
 

@@ -1,7 +1,7 @@
 """Parameter groups of what trains, AdamW over exactly those, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,19 @@ from dist_finetune.spec import TrainSpec
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """Parameters that share a peak learning rate and a weight decay."""
+    """Parameters that share a peak learning rate, a weight decay and a count of updates."""
 
     lr: float
     weight_decay: float
+    since_phase: int
+    """Index of the phase since which they train without a break: ZeRO keeps one Adam step count a group."""
     names: tuple[str, ...]
     num_params: int
 
 
-def plan_groups(manifest: Manifest, structure: Structure, train: TrainSpec, lr: float) -> tuple[GroupPlan, ...]:
+def plan_groups(
+    manifest: Manifest, structure: Structure, train: TrainSpec, lr: float, since_phase: Mapping[str, int]
+) -> tuple[GroupPlan, ...]:
     """The groups of every trainable parameter, none empty, ordered by first appearance in the model.
 
     Biases and one-dimensional parameters (norm scales) have no weight decay, as in the BERT paper. `head_lr` is the rate
@@ -32,14 +36,14 @@ def plan_groups(manifest: Manifest, structure: Structure, train: TrainSpec, lr: 
     that freezing more changes no rate.
     """
     shapes = {r.name: r for r in manifest.records if r.kind == "parameter" and not r.frozen}
-    groups: dict[tuple[float, float], list[str]] = {}
+    groups: dict[tuple[float, float, int], list[str]] = {}
     for name in manifest.trainable:
         part = structure.part_of(name)
         weight_decay = train.weight_decay if len(shapes[name].shape) > 1 else 0.0
-        groups.setdefault((lr_of_part(part, structure.depth, train, lr), weight_decay), []).append(name)
+        key = (lr_of_part(part, structure.depth, train, lr), weight_decay, since_phase[name])
+        groups.setdefault(key, []).append(name)
     return tuple(
-        GroupPlan(rate, decay, tuple(names), sum(shapes[n].num_elements for n in names))
-        for (rate, decay), names in groups.items()
+        GroupPlan(*key, tuple(names), sum(shapes[n].num_elements for n in names)) for key, names in groups.items()
     )
 
 

@@ -14,13 +14,12 @@ import torch
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.deepspeed_settings import deepspeed_settings
 from dist_finetune.errors import UserError
-from dist_finetune.freeze import Manifest, compile_freeze
-from dist_finetune.lint import LintNote, lint
+from dist_finetune.freeze import Manifest
 from dist_finetune.memory import StateBytes, state_bytes
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.sources import build_model, describe_model
 from dist_finetune.models.structure import Structure, structure_of
-from dist_finetune.optim import GroupPlan, plan_groups
+from dist_finetune.phases import PhasePlan, plan_phases
 from dist_finetune.spec import Spec, Strategy
 
 MAX_TOKENS = 512  # default limit of max_length: what BERT's positions allow
@@ -65,8 +64,6 @@ class BatchPlan:
     gradient_accumulation_steps: int
     eval_batch_size: int
     steps_per_epoch: int
-    total_steps: int
-    warmup_steps: int
     last_batch_size: int
 
 
@@ -79,42 +76,45 @@ class Plan:
     card: ModelCard
     data: DataPlan
     structure: Structure
-    manifest: Manifest
-    notes: tuple[LintNote, ...]
-    groups: tuple[GroupPlan, ...]
+    phases: tuple[PhasePlan, ...]
     batches: BatchPlan
-    lr: float
     precision: Literal["fp32", "bf16"]
     strategy: Strategy
     strategy_reason: str
     memory: dict[Strategy, StateBytes]
-    deepspeed: dict[str, Any] | None
+    deepspeed: tuple[dict[str, Any] | None, ...]
+    """The config of each phase's engine; None for a strategy without DeepSpeed."""
+
+    @property
+    def widest(self) -> PhasePlan:
+        """The phase that trains most: it decides what memory the run needs."""
+        return max(self.phases, key=lambda phase: phase.manifest.num_trainable)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all phases; a phase with `until` may end sooner."""
+        return sum(phase.num_steps for phase in self.phases)
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON values, without the tensor-by-tensor manifest, which freeze.json holds."""
-        out: dict[str, Any] = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in {"manifest", "structure"}
-        }
+        """The plan as JSON values, without the tensor-by-tensor manifests, which freeze.json holds."""
+        out: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "structure"}
         out["spec"] = self.spec.model_dump(mode="json", by_alias=True)
-        out["freeze"] = {
-            "digest": self.manifest.digest,
-            "num_frozen": self.manifest.num_frozen,
-            "num_trainable": self.manifest.num_trainable,
-            "rules": self.manifest.rules,
-            "parts": [
-                {"part": p.label, "modules": p.modules, "num_params": p.num_params} for p in self.structure.parts
-            ],
-        }
+        out["total_steps"] = self.total_steps
+        out["parts"] = [
+            {"part": p.label, "modules": p.modules, "num_params": p.num_params} for p in self.structure.parts
+        ]
         result: dict[str, Any] = json.loads(json.dumps(out, default=_jsonable))
         return result
 
     def digest(self) -> str:
         """Short hash of every decision; ranks compare it before they start."""
-        text = json.dumps(self.to_json(), sort_keys=True) + self.manifest.digest
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _jsonable(value: Any) -> Any:
+    if isinstance(value, Manifest):
+        counts = {"num_frozen": value.num_frozen, "num_trainable": value.num_trainable}
+        return {"digest": value.digest, "mode": value.mode, **counts, "rules": value.rules}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     raise TypeError(f"{type(value)} has no JSON form")
@@ -143,29 +143,15 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables) -> Plan:
     with torch.device("meta"):
         model = build_model(card, spec.model, data.classes)
     structure = structure_of(model)
-    manifest = compile_freeze(spec.freeze, structure, model)
-    notes = lint(manifest, structure, model)
-    lr = spec.train.lr or card.default_lr
     batches = _plan_batches(spec, topology, data)
+    phases = plan_phases(spec, structure, model, batches.steps_per_epoch, card.default_lr)
     precision = _plan_precision(spec, topology)
-    memory = {s: state_bytes(manifest, s, topology.world_size) for s in STRATEGIES}
+    widest = max((phase.manifest for phase in phases), key=lambda manifest: manifest.num_trainable)
+    memory = {s: state_bytes(widest, s, topology.world_size) for s in STRATEGIES}
     strategy, reason = _plan_strategy(spec, topology, memory)
+    deepspeed = tuple(deepspeed_settings(spec, strategy, batches, precision, phase.manifest) for phase in phases)
     return Plan(
-        spec,
-        topology,
-        card,
-        data,
-        structure,
-        manifest,
-        notes,
-        plan_groups(manifest, structure, spec.train, lr),
-        batches,
-        lr,
-        precision,
-        strategy,
-        reason,
-        memory,
-        deepspeed_settings(spec, strategy, batches, precision, manifest, topology.world_size),
+        spec, topology, card, data, structure, phases, batches, precision, strategy, reason, memory, deepspeed
     )
 
 
@@ -220,16 +206,10 @@ def _plan_batches(spec: Spec, topology: Topology, data: DataPlan) -> BatchPlan:
         )
     num_rows = data.num_rows["train"]
     steps_per_epoch = -(-num_rows // train.global_batch_size)
-    total_steps = max(1, round(steps_per_epoch * train.epochs))
-    if train.max_steps is not None:
-        total_steps = min(total_steps, train.max_steps)
-    warmup = int(train.warmup) if train.warmup >= 1 else int(train.warmup * total_steps)
-    if warmup >= total_steps and warmup > 0:
-        raise UserError(f"train.warmup: {warmup} steps leave nothing of the run's {total_steps} steps; use fewer")
     eval_batch = max(64, 2 * micro) if train.eval_batch_size == "auto" else train.eval_batch_size
     last = num_rows - (steps_per_epoch - 1) * train.global_batch_size
     return BatchPlan(
-        train.global_batch_size, micro, share // micro, eval_batch, steps_per_epoch, total_steps, warmup, last
+        train.global_batch_size, micro, share // micro, eval_batch, steps_per_epoch, last
     )
 
 

@@ -1,103 +1,98 @@
 """One run on one page: the stages in order, as every rank goes through them."""
 
 import time
-from pathlib import Path
 
+from dist_finetune.checkpoint.resume import find_start
+from dist_finetune.checkpoint.saver import Saver
 from dist_finetune.data.encode import encode_splits
 from dist_finetune.data.tables import read_tables
-from dist_finetune.engine import open_accelerator, shard
-from dist_finetune.evaluate import Evaluation, evaluate
-from dist_finetune.freeze import apply_freeze
+from dist_finetune.finish import finish_run
+from dist_finetune.job import Job
 from dist_finetune.launchers.brought import refuse_launcher_settings
-from dist_finetune.models.load import load_model
 from dist_finetune.models.sources import load_tokenizer
-from dist_finetune.optim import build_optimizer
 from dist_finetune.plan import local_topology, plan_run
-from dist_finetune.plan_text import plan_lines
-from dist_finetune.proof import digest_frozen, verify_frozen
+from dist_finetune.plan_text import plan_lines, plan_notes
+from dist_finetune.proof import verify_frozen
 from dist_finetune.report import Reporter
-from dist_finetune.run_folder import check_run_folder, create_run_folder, folder_of
-from dist_finetune.save import save_model
+from dist_finetune.run_folder import Changes, check_run_folder, folder_of, start_run_folder
 from dist_finetune.spec import Spec
-from dist_finetune.summary import Summary, load_summary, summarise, write_failure, write_start
-from dist_finetune.summary_text import render_summary
-from dist_finetune.train import fit, require_gradients
+from dist_finetune.stage import load_base, next_stage, open_stage
+from dist_finetune.stopping import Stopped, StopWish
+from dist_finetune.summary import Summary, load_summary, write_end, write_freeze, write_start
+from dist_finetune.train import evaluate_validation, fit
 from dist_finetune.world import World, join_world, leave_world, on_first, require_same, together
 
 
-def train(spec: Spec, fresh: bool = False) -> Summary:
+def train(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary:
     """Trains as one rank of the job it finds itself in (alone: a job of one), and returns the run's summary.
 
-    A run that is finished already is not trained again. Raises DistFinetuneError; every rank raises, none waits.
+    An unfinished run goes on from its newest good checkpoint, a finished one is not trained again; `changes` says what
+    may differ from the config it was started with. Raises DistFinetuneError; every rank raises, none waits.
     """
+    started_s = time.perf_counter()
     world = join_world(spec.launch)
     report = Reporter(world.is_first)
     try:
-        if on_first(world, lambda: check_run_folder(spec, fresh)) == "finished":
+        if on_first(world, lambda: check_run_folder(spec, fresh, changes)) == "finished":
             report.say(f"{folder_of(spec)} is finished; --fresh trains it again")
             return load_summary(folder_of(spec))
-        return _train(spec, fresh, world, report)
+        return _train(spec, fresh, world, report, started_s)
     except Exception as error:
-        write_failure(folder_of(spec), error, world)
+        write_end(folder_of(spec), "stopped" if isinstance(error, Stopped) else "failed", error, world)
         report.finish({}, exit_code=1)
         raise
     finally:
         leave_world(world)
 
 
-def _train(spec: Spec, fresh: bool, world: World, report: Reporter) -> Summary:
-    """Plan, load, freeze, optimizer, shard, train, prove, save: that order is the contract."""
-    started = time.perf_counter()
+def _train(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: float) -> Summary:
+    """Plan; then for each phase load, freeze, optimizer, shard, train, prove; then save what came of it."""
+    job = _prepare(spec, world, report)
+    plan = job.plan
+    model, provenance = load_base(plan)
+    checkpoint, progress = find_start(job, provenance, fresh)
+    phase = plan.phases[progress.phase]
+    stage = open_stage(job, phase, checkpoint, model)
+    # every refusal of the user's input lies behind us: only now is anything written
+    on_first(world, lambda: start_run_folder(spec, fresh, progress.step, progress.evaluated))
+    report.open_files(job.folder)
+    on_first(world, lambda: write_start(job, provenance, stage.frozen_digests, phase))
+    report.open_trackers(spec, job.folder, plan.to_json())
+    report.start_progress(plan.total_steps)
+    saver = Saver(job, provenance)
+    limit_s = spec.launch.time_limit
+    with StopWish(world, job.folder, limit_s, started_s, saver.every_s) as stop:
+        if progress.before is None:
+            progress.before = evaluate_validation(job, stage.engine, 0).metrics
+        while True:
+            last = fit(job, stage.engine, phase, progress, saver, stop)
+            proof = verify_frozen(stage.engine, phase.manifest, stage.frozen_digests, world)
+            has_next = phase.index + 1 < len(plan.phases)
+            progress.end_phase(phase.name, len(proof.verified), has_next)
+            saver.save(stage.engine, phase, progress)
+            if not has_next:
+                break
+            phase, stage = next_stage(job, stage, progress, saver)
+            on_first(world, lambda p=phase, s=stage: write_freeze(job.folder, p, s.frozen_digests))
+    return finish_run(job, stage, progress, proof, last, saver, started_s)
+
+
+def _prepare(spec: Spec, world: World, report: Reporter) -> Job:
+    """Everything that needs no weights: data, plan, agreement of the ranks and of the launcher with it, encoded rows."""
     report.say(f"reading {', '.join(spec.data.train)}")
     tables = together(lambda: read_tables(spec.data, spec.train.seed))
-
     plan = plan_run(spec, local_topology(world.local_world_size, world.num_nodes), tables)
     require_same("the plan", plan.digest(), "Give every rank the same config, data and package versions.")
-    report.notes(
-        refuse_launcher_settings(
-            spec,
-            plan.strategy,
-            plan.precision,
-            micro_batch_size=plan.batches.micro_batch_size,
-            gradient_accumulation_steps=plan.batches.gradient_accumulation_steps,
-            device=plan.topology.device,
-        )
+    brought = refuse_launcher_settings(
+        spec,
+        plan.strategy,
+        plan.precision,
+        micro_batch_size=plan.batches.micro_batch_size,
+        gradient_accumulation_steps=plan.batches.gradient_accumulation_steps,
+        device=plan.topology.device,
     )
-    accelerator = open_accelerator(plan, world)
-
+    report.say(plan_lines(plan))
+    report.notes([*tables.notes, *plan_notes(plan), *brought])
     tokenizer = together(lambda: load_tokenizer(plan.card)) if plan.card.modality == "text" else None
     splits = together(lambda: encode_splits(plan, tables, tokenizer))
-    model, provenance = together(lambda: load_model(plan.card, spec.model, plan.data.classes, spec.train.seed))
-    apply_freeze(model, plan.manifest)
-    at_load = digest_frozen(model, plan.manifest)
-    require_gradients(model, splits["train"].first_batch(), world)
-
-    folder: Path = on_first(world, lambda: create_run_folder(spec, fresh))
-    report.open_files(folder)
-    on_first(world, lambda: write_start(folder, plan, at_load, provenance))
-    report.open_trackers(spec, folder, plan.to_json())
-    report.say(plan_lines(plan))
-    report.notes(note.message for note in plan.notes)
-    report.start_progress(plan.batches.total_steps)
-
-    optimizer = build_optimizer(model, plan.groups)
-    engine = shard(model, optimizer, plan, accelerator, world)
-
-    def evaluate_at(step: int) -> Evaluation:
-        result = evaluate(engine, splits["validation"], plan.batches.eval_batch_size, world)
-        report.log(step, {f"eval/{name}": value for name, value in result.metrics.items()})
-        return result
-
-    before = evaluate_at(0)
-    fitted = fit(engine, splits["train"], plan, world, report, evaluate_at)
-    proof = verify_frozen(engine, plan.manifest, at_load, world)
-    final = {"validation": fitted.last}
-    if "test" in splits:
-        final["test"] = evaluate(engine, splits["test"], plan.batches.eval_batch_size, world)
-    save_model(engine, plan, tokenizer, final, folder, world)
-    seconds = time.perf_counter() - started
-    summary = summarise(plan, folder, before.metrics, final, fitted, proof, seconds, report.wandb_mode, world)
-    report.finish(summary.to_json(), exit_code=0)
-    report.say(render_summary(summary))
-    engine.close()
-    return summary
+    return Job(plan, world, report, folder_of(spec), splits, tokenizer)

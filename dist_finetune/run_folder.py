@@ -1,6 +1,5 @@
 """The run folder: its files, who may write into it, and what an existing one means."""
 
-import difflib
 import json
 import os
 import platform
@@ -16,8 +15,20 @@ from dist_finetune.errors import UserError
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import resolved_yaml
 
+Changes = Literal["none", "layout", "allow"]
+LAYOUT_KEYS = (
+    "shard.", "launch.", "track.", "checkpoint.", "output", "data.num_workers",
+    "train.micro_batch_size", "train.eval_batch_size", "train.log_every",
+)  # fmt: skip
+ALLOWED_KEYS = (
+    "train.epochs", "train.max_steps", "train.lr", "train.head_lr", "train.schedule", "train.warmup",
+    "train.weight_decay", "train.max_grad_norm", "train.early_stop", "train.precision",
+)  # fmt: skip
+STOP_FILE = "STOP"  # a user makes it to end a run with a checkpoint
+METRICS = "metrics.jsonl"
+JOB_SCRIPT = "job.sbatch"
 LOGS = "logs"  # the launcher's copies of what each rank printed
-STARTED_OVER = ("metrics.jsonl", "summary.json", "wandb.json")  # an unfinished run starts over with these made anew
+STARTED_OVER = (METRICS, "wandb.json", "freeze.json")  # made anew where a run starts from its first step
 PACKAGES = ("torch", "torchvision", "accelerate", "deepspeed", "transformers", "timm", "datasets", "wandb", "dist-finetune")
 
 
@@ -26,27 +37,29 @@ def folder_of(spec: Spec) -> Path:
     return Path(spec.output) / spec.name
 
 
-def check_run_folder(spec: Spec, fresh: bool) -> Literal["new", "unfinished", "finished"]:
+def check_run_folder(spec: Spec, fresh: bool, changes: Changes) -> Literal["new", "unfinished", "finished"]:
     """What the run's folder holds already. Writes nothing.
 
-    Raises UserError where it holds a run of another config, with the difference and the ways out.
+    Raises UserError where it holds a run of another config (beyond what `changes` lets differ), with the difference and
+    the ways out.
     """
     folder = folder_of(spec)
     config = folder / "config.yaml"
     if fresh or not folder.exists():
         return "new"
     if not config.exists():
-        if any(p.name != LOGS for p in folder.iterdir()):
+        if any(p.name not in (LOGS, JOB_SCRIPT) for p in folder.iterdir()):
             raise UserError(f"{folder} exists and is no run of this tool; choose another name=... or output=...")
         return "new"
-    _refuse_other_config(config, spec)
-    return "finished" if read_summary(folder).get("status") == "finished" else "unfinished"
+    longer = refuse_other_config(config, spec, changes)
+    return "finished" if read_summary(folder).get("status") == "finished" and not longer else "unfinished"
 
 
-def create_run_folder(spec: Spec, fresh: bool) -> Path:
-    """Makes the run's folder with config.yaml. `fresh` keeps an existing folder aside, under a name with the time.
+def start_run_folder(spec: Spec, fresh: bool, step: int, evaluated: bool) -> Path:
+    """Makes the run's folder, or readies it for going on after optimizer step `step` (0: from the start).
 
-    Raises UserError where the place can't be written.
+    What was recorded after that step is dropped, so that files and trackers tell one story. `fresh` keeps an existing
+    folder aside, under a name with the time. Raises UserError where the place can't be written.
     """
     folder = folder_of(spec)
     try:
@@ -54,11 +67,28 @@ def create_run_folder(spec: Spec, fresh: bool) -> Path:
             _move_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", resolved_yaml(spec))
-        for leftover in STARTED_OVER:
+        for leftover in (STOP_FILE, "summary.json", *(STARTED_OVER if step == 0 else ())):
             (folder / leftover).unlink(missing_ok=True)
+        _trim_metrics(folder / METRICS, step, evaluated)
     except OSError as error:
         raise UserError(f"{folder}: can't be written: {error.strerror or error}; choose another output=...") from None
     return folder
+
+
+def _trim_metrics(path: Path, step: int, evaluated: bool) -> None:
+    """Drops the rows of later steps, and of an evaluation at `step` that is to be done again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # the last line of a killed process
+        is_due_again = row["step"] == step and not evaluated and any(key.startswith("eval/") for key in row)
+        if row["step"] <= step and not is_due_again:
+            kept.append(line + "\n")
+    write_text(path, "".join(kept))
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -116,13 +146,35 @@ def _move_aside(folder: Path) -> None:
     folder.rename(target)
 
 
-def _refuse_other_config(config: Path, spec: Spec) -> None:
-    old, new = config.read_text(encoding="utf-8").splitlines(), resolved_yaml(spec).splitlines()
-    if old == new:
-        return
-    changes = [line for line in difflib.unified_diff(old, new, lineterm="", n=0) if line[:1] in "+-" and line[1:2] not in "+-"]
-    raise UserError(
-        f"{config.parent} holds a run of another config:\n"
-        + "\n".join(f"  {line}" for line in changes[:20])
-        + "\nUse name=... for a new run, or --fresh to keep the old folder aside and start over"
-    )
+def refuse_other_config(config: Path, spec: Spec, changes: Changes) -> bool:
+    """Compares a run's config.yaml with `spec`; returns True where the run was made longer or otherwise changed.
+
+    Raises UserError for differences that `changes` does not cover: "none" covers none, "layout" what changes no number
+    (strategy, processes, logging), "allow" also what the user may change knowingly (epochs, learning rates).
+    """
+    old, new = _flat(_read_config(config)), _flat(spec.model_dump(mode="json", by_alias=True))
+    changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+    covered = {"none": (), "layout": LAYOUT_KEYS, "allow": LAYOUT_KEYS + ALLOWED_KEYS}[changes]
+    refused = sorted(key for key in changed if not key.startswith(covered))
+    if refused:
+        lines = [f"  {key}: {old.get(key)!r} before, {new.get(key)!r} now" for key in refused[:20]]
+        ways = {
+            "none": "Use name=... for a new run, --fresh to keep the old folder aside and start over, or "
+            "`dist-finetune resume` to go on with changes",
+            "layout": "Add --allow where that is meant (epochs, learning rates); anything else needs a new run: name=...",
+            "allow": "These can't change within a run; use name=... for a new one",
+        }[changes]
+        raise UserError(f"{config.parent} holds a run of another config:\n" + "\n".join(lines) + f"\n{ways}")
+    return bool(changed and any(key.startswith(ALLOWED_KEYS) for key in changed))
+
+
+def _read_config(config: Path) -> dict[str, Any]:
+    from dist_finetune.spec_file import load_spec
+
+    return load_spec(config).model_dump(mode="json", by_alias=True)
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}

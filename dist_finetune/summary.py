@@ -4,6 +4,7 @@ import dataclasses
 import json
 import resource
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 
 from dist_finetune.evaluate import Evaluation
+from dist_finetune.job import Job, Progress
 from dist_finetune.models.card import Provenance
-from dist_finetune.plan import Plan
+from dist_finetune.phases import PhasePlan
 from dist_finetune.proof import FrozenProof
 from dist_finetune.run_folder import environment, read_summary, write_json
-from dist_finetune.train import FitResult
 from dist_finetune.world import World, gather_objects
 
 
@@ -31,9 +32,15 @@ class Summary:
     num_trainable: int
     frozen_verified: tuple[str, ...]
     steps: int
+    kept_step: int
+    """Step of the exported model: the last, or the best where `checkpoint.best` asks for it."""
+    phases: tuple[dict[str, Any], ...]
     stopped_early: bool
     train_s: float
     total_s: float
+    save_pause_s: float
+    """Longest time that a save kept training waiting."""
+    attempts: int
     peak_memory_gib: float
     world_size: int
     strategy: str
@@ -48,71 +55,84 @@ class Summary:
         return out
 
 
-def write_start(folder: Path, plan: Plan, at_load: dict[str, str], provenance: Provenance) -> None:
-    """plan.json, freeze.json and environment.json of a run that is about to train."""
-    write_json(folder / "plan.json", plan.to_json())
-    write_json(folder / "environment.json", environment())
-    records = [
-        dataclasses.asdict(record) | {"sha256": at_load.get(record.name)} for record in plan.manifest.records
-    ]
-    write_json(
-        folder / "freeze.json",
-        {"digest": plan.manifest.digest, "source": dataclasses.asdict(provenance), "tensors": records},
-    )
+def write_start(job: Job, provenance: Provenance, frozen_digests: Mapping[str, str], phase: PhasePlan) -> None:
+    """plan.json, environment.json and freeze.json of a run that is about to train or to go on."""
+    write_json(job.folder / "plan.json", job.plan.to_json())
+    write_json(job.folder / "environment.json", environment())
+    write_freeze(job.folder, phase, frozen_digests, dataclasses.asdict(provenance))
+
+
+def write_freeze(
+    folder: Path, phase: PhasePlan, frozen_digests: Mapping[str, str], source: dict[str, Any] | None = None
+) -> None:
+    """Adds a phase to freeze.json: every tensor in order, with the sha256 that each frozen one must keep."""
+    path = folder / "freeze.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"source": source, "phases": {}}
+    tensors = [dataclasses.asdict(record) for record in phase.manifest.records]
+    for tensor in tensors:
+        tensor["sha256"] = frozen_digests.get(tensor["name"])
+    content["phases"][phase.name] = {"digest": phase.manifest.digest, "mode": phase.manifest.mode, "tensors": tensors}
+    write_json(path, content)
 
 
 def summarise(
-    plan: Plan,
-    folder: Path,
-    before: dict[str, float],
-    final: dict[str, Evaluation],
-    fitted: FitResult,
+    job: Job,
+    progress: Progress,
+    kept_step: int,
+    final: Mapping[str, Evaluation],
     proof: FrozenProof,
+    save_pauses_s: Sequence[float],
     total_s: float,
-    wandb_mode: str,
-    world: World,
 ) -> Summary:
     """The summary of a finished run; rank 0 writes it. Collective (peak memory is the highest of all ranks)."""
+    plan, world = job.plan, job.world
     metrics = {
         f"{'eval' if split == 'validation' else split}/{name}": value
         for split, evaluation in final.items()
         for name, value in evaluation.metrics.items()
     }
+    manifest = plan.phases[progress.phase].manifest
     summary = Summary(
-        folder=folder,
+        folder=job.folder,
         status="finished",
-        metrics_before={f"eval/{name}": value for name, value in before.items()},
+        metrics_before={f"eval/{name}": value for name, value in (progress.before or {}).items()},
         metrics=metrics,
-        num_frozen=plan.manifest.num_frozen,
-        num_trainable=plan.manifest.num_trainable,
+        num_frozen=manifest.num_frozen,
+        num_trainable=manifest.num_trainable,
         frozen_verified=proof.verified,
-        steps=fitted.steps,
-        stopped_early=fitted.stopped_early,
-        train_s=round(fitted.train_s, 3),
+        steps=progress.step,
+        kept_step=kept_step,
+        phases=tuple(progress.phases_done),
+        stopped_early=progress.step < plan.total_steps,
+        train_s=round(progress.train_s, 3),
         total_s=round(total_s, 3),
+        save_pause_s=round(max(save_pauses_s, default=0.0), 4),
+        attempts=progress.attempts,
         peak_memory_gib=round(max(gather_objects(peak_memory_gib(world.device))), 3),
         world_size=world.world_size,
         strategy=plan.strategy,
         planned_state_bytes=plan.memory[plan.strategy].total,
-        wandb=wandb_mode,
+        wandb=job.report.wandb_mode,
     )
     if world.is_first:
-        write_json(folder / "summary.json", summary.to_json())
+        write_json(job.folder / "summary.json", summary.to_json())
     return summary
 
 
-def write_failure(folder: Path, error: Exception, world: World) -> None:
-    """Marks a run that had started as failed, with the error's text. Leaves a folder of another run alone."""
+def write_end(folder: Path, status: str, error: Exception, world: World) -> None:
+    """Marks a run that had started as failed or stopped, with the message. Leaves a folder of another run alone."""
     if world.is_first and (folder / "plan.json").exists() and read_summary(folder).get("status") is None:
-        failure = {"status": "failed", "error": f"{type(error).__name__}: {error}", "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        write_json(folder / "summary.json", failure)
+        when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        write_json(folder / "summary.json", {"status": status, "message": f"{type(error).__name__}: {error}", "time": when})
 
 
 def load_summary(folder: Path) -> Summary:
     """The summary of a finished run, from its folder."""
     saved = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     values = {field.name: saved[field.name] for field in dataclasses.fields(Summary)}
-    values |= {"folder": folder, "frozen_verified": tuple(saved["frozen_verified"])}
+    values |= {
+        "folder": folder, "frozen_verified": tuple(saved["frozen_verified"]), "phases": tuple(saved["phases"])
+    }
     return Summary(**values)
 
 

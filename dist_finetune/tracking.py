@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import secrets
 import threading
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def start_wandb(track: TrackSpec, folder: Path, name: str, config: dict[str, Any
     asked = os.environ.get("WANDB_MODE") if track.wandb == "auto" else track.wandb
     mode = asked or ("online" if logged_in else "offline")
     saved = folder / ID_FILE
-    run_id = json.loads(saved.read_text())["id"] if saved.exists() else wandb.util.generate_id()
+    run_id = json.loads(saved.read_text())["id"] if saved.exists() else secrets.token_hex(4)
     saved.write_text(json.dumps({"id": run_id}))
     common = {
         "project": track.project,

@@ -1,23 +1,24 @@
 """The training loop: the same samples, losses and learning rates at every world size and strategy."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from dist_finetune.checkpoint.saver import Saver
 from dist_finetune.data.batches import StepBatch, training_steps
-from dist_finetune.data.loading import Batch, Rows
+from dist_finetune.data.loading import Batch
 from dist_finetune.engine import Engine
-from dist_finetune.errors import TrainingError, UserError
-from dist_finetune.evaluate import Evaluation, all_finite, is_better, to_device
+from dist_finetune.errors import TrainingError
+from dist_finetune.evaluate import Evaluation, all_finite, evaluate, is_better, to_device
 from dist_finetune.freeze import train_mode
-from dist_finetune.models.sources import forward_logits
+from dist_finetune.job import Job, Progress
 from dist_finetune.optim import lr_factor, set_lr
-from dist_finetune.plan import Plan
-from dist_finetune.report import Reporter
-from dist_finetune.world import World, gather_objects, sum_over_ranks
+from dist_finetune.phases import PhasePlan
+from dist_finetune.stopping import StopWish, Stopped
+from dist_finetune.world import sum_over_ranks
 
 IGNORED_LABEL = -100  # rows of filler micro-batches carry it, so that they add nothing to loss or gradient
 
@@ -32,75 +33,82 @@ class StepLog:
     started_s: float = field(default_factory=time.perf_counter)
 
 
-@dataclass(frozen=True)
-class FitResult:
-    steps: int
-    train_s: float
-    stopped_early: bool
-    last: Evaluation
+def fit(job: Job, engine: Engine, phase: PhasePlan, progress: Progress, saver: Saver, stop: StopWish) -> Evaluation | None:
+    """Trains `phase` from `progress.step` to its end; returns the last evaluation, None where none was due any more.
 
-
-def fit(
-    engine: Engine, rows: Rows, plan: Plan, world: World, report: Reporter, evaluate_now: Callable[[int], Evaluation]
-) -> FitResult:
-    """Trains for the plan's steps; evaluates at every epoch's end through `evaluate_now(step)`.
-
-    Raises TrainingError where a loss or gradient norm is not finite.
+    Evaluates at the end of each epoch and of the phase, saves as the config says, and keeps `progress` current. Raises
+    TrainingError where a loss or gradient norm is not finite, Stopped (with a checkpoint saved) where told to stop.
     """
-    steps = _steps_of(rows, plan, world)
-    log, best, without_gain, train_s, done = StepLog(), None, 0, 0.0, 0
-    train_mode(engine.module, plan.manifest)
-    batches = rows.training_batches(steps)
-    for epoch_steps in _by_epoch(steps):
-        started = time.perf_counter()
-        for step in epoch_steps:
-            _train_step(engine, step, batches, plan, world, log)
-            if len(log.steps) >= plan.spec.train.log_every:
-                _flush(log, plan, world, report)
-        _flush(log, plan, world, report)
-        train_s += time.perf_counter() - started
-        done = epoch_steps[-1].step + 1
-        last = evaluate_now(done)
-        train_mode(engine.module, plan.manifest)
+    log, last = StepLog(), None
+    try:
+        if not progress.evaluated:
+            last = _evaluate(job, engine, phase, progress, saver, stop)
+        steps = list(_steps_of(job, phase, progress))
+        batches = job.splits["train"].training_batches(steps)
+        train_mode(engine.module, phase.manifest)
         log.started_s = time.perf_counter()
-        without_gain = 0 if is_better(last.metrics, best) else without_gain + 1
-        best = last.metrics if without_gain == 0 else best
-        if plan.spec.train.early_stop and without_gain >= plan.spec.train.early_stop:
-            report.say(f"stopping early: {without_gain} evaluations without a better score")
-            break
-    return FitResult(done, train_s, done < plan.batches.total_steps, last)
+        for step in steps:
+            agreed = stop.agreed()
+            if agreed.reason:
+                raise _Interrupted(agreed.reason)
+            if agreed.save:
+                saver.save(engine, phase, progress)
+            _train_step(job, engine, phase, step, step.step - progress.phase_first_step, batches, log)
+            progress.step, progress.evaluated = step.step + 1, not step.ends_epoch
+            if len(log.steps) >= job.plan.spec.train.log_every or step.ends_epoch:
+                _flush(log, job, progress)
+            if step.ends_epoch:
+                last = _evaluate(job, engine, phase, progress, saver, stop)
+                train_mode(engine.module, phase.manifest)
+                log.started_s = time.perf_counter()
+                if _is_enough(job, phase, progress):
+                    break
+            if saver.is_due(progress.step):
+                _flush(log, job, progress)
+                saver.save(engine, phase, progress)
+    except _Interrupted as interruption:
+        stop.settle()
+        _flush(log, job, progress)
+        saver.save(engine, phase, progress)
+        saver.settled()
+        raise Stopped(
+            f"stopped on {interruption} after step {progress.step} of {job.plan.total_steps}; checkpoint saved. "
+            f"Go on with: dist-finetune resume {job.folder}"
+        ) from None
+    stop.settle()
+    return last
 
 
-def _steps_of(rows: Rows, plan: Plan, world: World) -> list[StepBatch]:
-    return list(
-        training_steps(
-            rows.num_rows,
-            plan.batches.global_batch_size,
-            plan.batches.micro_batch_size,
-            plan.batches.total_steps,
-            plan.spec.train.seed,
-            world.rank,
-            world.world_size,
-            rows.lengths,
-        )
+class _Interrupted(Exception):
+    """Carries the reason to stop out of the loop or an evaluation."""
+
+
+def _steps_of(job: Job, phase: PhasePlan, progress: Progress) -> Iterator[StepBatch]:
+    plan, rows = job.plan, job.splits["train"]
+    return training_steps(
+        rows.num_rows,
+        plan.batches.global_batch_size,
+        plan.batches.micro_batch_size,
+        progress.phase_first_step + phase.num_steps,
+        plan.spec.train.seed,
+        job.world.rank,
+        job.world.world_size,
+        rows.lengths,
+        first_step=progress.step,
     )
 
 
-def _by_epoch(steps: list[StepBatch]) -> list[list[StepBatch]]:
-    epochs: dict[int, list[StepBatch]] = {}
-    for step in steps:
-        epochs.setdefault(step.epoch, []).append(step)
-    return list(epochs.values())
-
-
-def _train_step(engine: Engine, step: StepBatch, batches: Iterator[Batch], plan: Plan, world: World, log: StepLog) -> None:
+def _train_step(
+    job: Job, engine: Engine, phase: PhasePlan, step: StepBatch, phase_step: int, batches: Iterator[Batch], log: StepLog
+) -> None:
     """One optimizer step: all micro-batches, one reduction, one update.
 
     The loss of each micro-batch is a sum over its rows divided by the global batch's real count, so that partial windows
     and uneven shares weigh every sample the same; times world size, because engines average gradients over ranks.
     """
-    factor = lr_factor(step.step, plan.batches.total_steps, plan.batches.warmup_steps, plan.spec.train.schedule)
-    lr = set_lr(engine.param_groups, factor)
+    world = job.world
+    torch.manual_seed(_seed_of(job.plan.spec.train.seed, step.step, world.rank))
+    lr = set_lr(engine.param_groups, lr_factor(phase_step, phase.num_steps, phase.warmup_steps, phase.schedule))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for i, micro in enumerate(step.micro_batches):
         is_last = i == len(step.micro_batches) - 1
@@ -117,13 +125,19 @@ def _train_step(engine: Engine, step: StepBatch, batches: Iterator[Batch], plan:
     log.steps.append((step, lr))
 
 
-def _flush(log: StepLog, plan: Plan, world: World, report: Reporter) -> None:
+def _seed_of(seed: int, step: int, rank: int) -> int:
+    """Seed of a rank's random numbers (dropout) in one step: a resumed run draws the same, and no state is kept."""
+    return (seed * 1_000_003 + step) * 65_537 + rank
+
+
+def _flush(log: StepLog, job: Job, progress: Progress) -> None:
     """Writes the metrics of the steps since the last flush; the only place where training waits for the device."""
     if not log.steps:
         return
     losses = sum_over_ranks(torch.stack(log.losses)).tolist()
     norms = [float(n) for n in log.norms]
     elapsed = time.perf_counter() - log.started_s
+    progress.train_s += elapsed
     samples = sum(step.num_samples for step, _ in log.steps)
     for (step, lr), loss, norm in zip(log.steps, losses, norms, strict=True):
         if not all_finite([loss, norm]):
@@ -131,7 +145,7 @@ def _flush(log: StepLog, plan: Plan, world: World, report: Reporter) -> None:
                 f"step {step.step + 1}: train/loss is {loss}, train/grad_norm is {norm}. Lower train.lr (now {lr:.3g}), "
                 "raise train.warmup, or use train.precision=fp32"
             )
-        report.log(
+        job.report.log(
             step.step + 1,
             {
                 "train/loss": loss,
@@ -139,34 +153,57 @@ def _flush(log: StepLog, plan: Plan, world: World, report: Reporter) -> None:
                 "train/grad_norm": norm,
                 "perf/samples_per_s": samples / elapsed,
                 "perf/step_s": elapsed / len(log.steps),
-                "progress/epoch": (step.step + 1) / plan.batches.steps_per_epoch,
-                "progress/samples": _samples_after(step.step + 1, plan),
+                "progress/epoch": (step.step + 1) / job.plan.batches.steps_per_epoch,
+                "progress/samples": _samples_after(step.step + 1, job),
             },
         )
-    log.losses.clear(), log.norms.clear(), log.steps.clear()
+    log.losses.clear()
+    log.norms.clear()
+    log.steps.clear()
     log.started_s = time.perf_counter()
 
 
-def _samples_after(steps: int, plan: Plan) -> int:
-    epochs, rest = divmod(steps, plan.batches.steps_per_epoch)
-    return epochs * plan.data.num_rows["train"] + rest * plan.batches.global_batch_size
+def _samples_after(steps: int, job: Job) -> int:
+    epochs, rest = divmod(steps, job.plan.batches.steps_per_epoch)
+    return epochs * job.splits["train"].num_rows + rest * job.plan.batches.global_batch_size
 
 
-def require_gradients(model: nn.Module, batch: Batch, world: World) -> None:
-    """One dry pass of one batch on the unsharded model: every trainable parameter must get a gradient, on every rank.
+def evaluate_validation(job: Job, engine: Engine, step: int, stop: StopWish | None = None) -> Evaluation:
+    """Evaluates the validation rows and logs their metrics at `step`. Collective."""
 
-    In eval mode, so that neither random numbers nor running statistics move. Raises UserError that names the parameters
-    outside the loss, which DDP would answer with "Expected to have finished reduction" (pytorch#43259).
-    """
-    model.eval()
-    logits = forward_logits(model, batch["inputs"])
-    nn.functional.cross_entropy(logits.float(), batch["labels"], reduction="sum").backward()
-    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    model.zero_grad(set_to_none=True)
-    unused = sorted({name for names in gather_objects(unused) for name in names})
-    if unused:
-        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
-        raise UserError(
-            f"{len(unused)} trainable parameters have no part in the loss: {shown}. "
-            f"They would never be updated; freeze them: freeze.patterns=[{', '.join(unused[:5])}]"
-        )
+    def check() -> None:
+        reason = stop.agreed().reason if stop else None
+        if reason:
+            raise _Interrupted(reason)
+
+    result = evaluate(engine, job.splits["validation"], job.plan.batches.eval_batch_size, job.world, check)
+    job.report.log(step, {f"eval/{name}": value for name, value in result.metrics.items()})
+    return result
+
+
+def _evaluate(
+    job: Job, engine: Engine, phase: PhasePlan, progress: Progress, saver: Saver, stop: StopWish
+) -> Evaluation:
+    """An evaluation at the end of an epoch, and what follows from it: the best so far, and whether that is kept."""
+    result = evaluate_validation(job, engine, progress.step, stop)
+    progress.evaluated = True
+    best_key = job.plan.spec.checkpoint.best
+    if is_better(result.metrics, progress.best, best_key):
+        progress.best, progress.best_step, progress.without_gain = result.metrics, progress.step, 0
+        if best_key:
+            saver.save(engine, phase, progress, best=True)
+    else:
+        progress.without_gain += 1
+    return result
+
+
+def _is_enough(job: Job, phase: PhasePlan, progress: Progress) -> bool:
+    """True where the phase waits for a plateau and met one, or the run's patience is over."""
+    if phase.until == "plateau" and progress.without_gain > 0:
+        job.report.say(f"phase {phase.name}: plateau after step {progress.step}")
+        return True
+    patience = job.plan.spec.train.early_stop
+    if patience and progress.without_gain >= patience:
+        job.report.say(f"stopping early: {progress.without_gain} evaluations without a better score")
+        return True
+    return False

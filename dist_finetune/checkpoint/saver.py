@@ -1,0 +1,86 @@
+"""When to save, and what belongs into a checkpoint."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from dist_finetune.checkpoint.layout import FOLDER, folder_name
+from dist_finetune.checkpoint.read import Checkpoint, open_checkpoint
+from dist_finetune.checkpoint.write import CheckpointWriter, snapshot
+from dist_finetune.engine import Engine
+from dist_finetune.job import Job, Progress, identity
+from dist_finetune.models.card import Provenance
+from dist_finetune.phases import PhasePlan
+from dist_finetune.world import together
+
+
+class Saver:
+    """Saves a run's checkpoints as `checkpoint` in its config says. All methods are collective."""
+
+    def __init__(self, job: Job, provenance: Provenance) -> None:
+        spec = job.plan.spec
+        self._job, self._provenance = job, provenance
+        self._writer = CheckpointWriter(
+            job.folder, spec.checkpoint.keep, job.world, spec.launch.timeout, job.report.say
+        )
+        number, unit = spec.checkpoint.every
+        steps_per_unit = {"steps": 1, "epochs": job.plan.batches.steps_per_epoch}.get(unit)
+        self._every_steps = max(1, round(number * steps_per_unit)) if steps_per_unit else None
+        self.every_s = number if unit == "s" else None
+        self._saved_step: int | None = None
+
+    def is_due(self, step: int) -> bool:
+        """True where the interval in steps or epochs ends after optimizer step `step`; an interval in seconds is agreed
+        on by the ranks, see `StopWish`."""
+        return self._every_steps is not None and step % self._every_steps == 0
+
+    def save(self, engine: Engine, phase: PhasePlan, progress: Progress, best: bool = False) -> None:
+        """Saves the run as it is after `progress.step`, unless that step is saved already. `best` keeps it for good."""
+        if best:
+            self._writer.protected = progress.step
+        if self._saved_step == progress.step:
+            return
+        self._saved_step = progress.step
+        tensors = snapshot(engine, self._job.world, self._whole(engine, phase))
+        self._writer.save(progress.step, tensors, self._state(engine, progress))
+
+    def settled(self) -> Checkpoint:
+        """The checkpoint that was saved last, once it is complete. Raises TrainingError where saving failed."""
+        together(lambda: self._writer.wait(must_succeed=True))
+        return self.saved_at(self._saved_step or 0)
+
+    def saved_at(self, step: int) -> Checkpoint:
+        """The checkpoint of a step that was saved and kept."""
+        return open_checkpoint(self._job.folder / FOLDER / folder_name(step))
+
+    @property
+    def pauses_s(self) -> list[float]:
+        """How long each save kept training waiting, beside copying to host memory."""
+        return self._writer.pauses_s
+
+    def _state(self, engine: Engine, progress: Progress) -> dict[str, Any]:
+        return {
+            "name": folder_name(progress.step),
+            "identity": identity(self._job.plan, self._provenance),
+            "progress": progress.to_json(),
+            "adam_steps": engine.adam_steps(),
+            "world_size": self._job.world.world_size,
+            "strategy": self._job.plan.strategy,
+            "source": self._provenance.id,
+            "revision": self._provenance.revision,
+        }
+
+    def _whole(self, engine: Engine, phase: PhasePlan) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors outside the optimizer that differ from the base model: moved buffers, weights of earlier phases."""
+        parameters, buffers = dict(engine.module.named_parameters()), dict(engine.module.named_buffers())
+        phases = self._job.plan.phases[: phase.index + 1]
+        frozen_buffers = set.intersection(*(set(p.manifest.frozen_buffers) for p in phases))
+        for record in phase.manifest.records:
+            if record.kind == "buffer" and record.name not in frozen_buffers:
+                yield f"buffer:{record.name}", buffers[record.name]
+        full = self._job.plan.spec.checkpoint.full
+        trained = {name for p in phases for name in p.manifest.trainable}
+        for name in phase.manifest.frozen:
+            if full or name in trained:
+                yield f"settled:{name}", parameters[name]

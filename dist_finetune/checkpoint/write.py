@@ -1,0 +1,216 @@
+"""Saving: a snapshot in host memory while training waits, then files written in the background by every rank.
+
+The ranks meet on the shared disk, not in collectives: each leaves its shard and then a note with size and hash; rank 0
+waits for all notes, writes COMPLETE last and renames the folder. Until the rename nothing is there; after it all is.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dist_finetune.checkpoint.hashing import sha256_of
+from dist_finetune.checkpoint.layout import COMPLETE, FOLDER, FORMAT_VERSION, STATE, folder_name, shard_name
+from dist_finetune.checkpoint.layout import checkpoint_folders as checkpoints_of
+from dist_finetune.checkpoint.read import damage
+from dist_finetune.engine import Engine
+from dist_finetune.errors import TrainingError
+from dist_finetune.run_folder import write_json
+from dist_finetune.world import World, gather_objects, on_first
+
+NOTE_SUFFIX = ".note.json"
+POLL_S = 0.02
+SPARE_BYTES = 16 * 2**20  # JSON files, and room for what else is written meanwhile
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run. All methods are called by every rank at the same step."""
+
+    def __init__(self, run: Path, keep: int, world: World, timeout_s: float, say: Callable[[str], None]) -> None:
+        self._root, self._keep, self._world = run / FOLDER, keep, world
+        self._timeout_s, self._say = timeout_s, say
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.protected: int | None = None
+        """Step of the best checkpoint, which rotation leaves alone."""
+        self.pauses_s: list[float] = []
+        """How long each `save` kept training waiting, without the snapshot."""
+        self._token = on_first(world, self._clean)
+
+    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """Starts writing the checkpoint of `step`; `tensors` is this rank's snapshot (see `snapshot`), which it keeps.
+
+        Waits for an earlier save that is still being written. A failed save is told loudly, and training goes on with
+        the checkpoints that are there.
+        """
+        started = time.perf_counter()
+        self.wait()
+        part = self._root / f".{folder_name(step)}.{self._token}"
+        num_bytes = sum(gather_objects(sum(t.nbytes for t in tensors.values())))
+        error = on_first(self._world, lambda: _begin(part, num_bytes))
+        if error:
+            self._error = OSError(error)
+        else:
+            work = (part, step, tensors, state) if self._world.is_first else (part, tensors)
+            target = self._lead if self._world.is_first else self._write_shard
+            self._thread = threading.Thread(target=self._guarded, args=(target, *work), name="checkpoint", daemon=True)
+            self._thread.start()
+        self.pauses_s.append(time.perf_counter() - started)
+
+    def wait(self, must_succeed: bool = False) -> None:
+        """Waits until nothing is being written. Raises TrainingError for a failed save where it `must_succeed`."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            message = f"checkpoint not saved: {error}"
+            if must_succeed:
+                raise TrainingError(message)
+            self._say(f"WARNING {message}. Training goes on; the checkpoints before it are untouched.")
+
+    def _clean(self) -> str:
+        """Removes what a killed job left half-written or half-deleted; returns a name for this job's own parts."""
+        for leftover in self._root.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return secrets.token_hex(4)
+
+    def _guarded(self, work: Callable[..., None], *args: Any) -> None:
+        try:
+            work(*args)
+        except BaseException as error:
+            self._error = error
+
+    def _lead(self, part: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        try:
+            self._write_shard(part, tensors)
+            files = {n["file"]: {"size": n["size"], "sha256": n["sha256"]} for n in self._notes(part)}
+            write_json(part / STATE, state)
+            files[STATE] = {"size": (part / STATE).stat().st_size, "sha256": sha256_of(part / STATE)}
+            for note in part.glob(f"*{NOTE_SUFFIX}"):
+                note.unlink()
+            write_json(part / COMPLETE, {"format": FORMAT_VERSION, "step": step, "files": files})
+            sync_folder(part)
+            self._publish(part, self._root / folder_name(step))
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        self._rotate(step)
+
+    def _publish(self, part: Path, final: Path) -> None:
+        """Gives a whole checkpoint its name. One that a run before this one left stays, unless it is damaged: it holds
+        the same, and must not be gone for an instant."""
+        if final.exists() and damage(final) is None:
+            shutil.rmtree(part)
+            return
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        sync_folder(self._root)
+
+    def _write_shard(self, part: Path, tensors: dict[str, torch.Tensor]) -> None:
+        name = shard_name(self._world.rank)
+        note = part / f"{name}{NOTE_SUFFIX}"
+        try:
+            save_file(tensors, part / name)
+            sync_file(part / name)
+            found = {"file": name, "size": (part / name).stat().st_size, "sha256": sha256_of(part / name)}
+        except Exception as error:
+            write_json(note, {"file": name, "error": f"rank {self._world.rank}: {error}"})
+            raise
+        write_json(note, found)
+
+    def _notes(self, part: Path) -> list[dict[str, Any]]:
+        """The notes of all ranks, as they come in."""
+        deadline = time.monotonic() + self._timeout_s
+        missing = {rank: part / f"{shard_name(rank)}{NOTE_SUFFIX}" for rank in range(self._world.world_size)}
+        notes: list[dict[str, Any]] = []
+        while missing:
+            for rank in [rank for rank, path in missing.items() if path.exists()]:
+                notes.append(json.loads(missing.pop(rank).read_text(encoding="utf-8")))
+                if "error" in notes[-1]:
+                    raise OSError(notes[-1]["error"])
+            if missing and time.monotonic() > deadline:
+                raise TimeoutError(f"ranks {sorted(missing)} wrote no shard within {self._timeout_s:.0f} s")
+            time.sleep(POLL_S)
+        return notes
+
+    def _rotate(self, newest: int) -> None:
+        """Deletes the oldest complete checkpoints beyond `keep`, now that a newer one is complete."""
+        for folder in checkpoints_of(self._root.parent)[self._keep :]:
+            if folder.name not in (folder_name(newest), folder_name(self.protected or -1)):
+                doomed = folder.with_name(f".{folder.name}.old")
+                folder.rename(doomed)  # a half-deleted folder must not look complete
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+def snapshot(engine: Engine, world: World, whole: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Host copies of what this rank writes: its pieces of weights and moments, and on rank 0 the `whole` tensors.
+
+    `whole` gives (key, tensor) of moving buffers and of weights that trained in an earlier phase. Collective where
+    weights are sharded.
+    """
+    fragments = list(engine.fragments())
+    if not engine.is_partitioned:
+        mine = _share([f.weight.numel() for f in fragments], world.rank, world.world_size)
+        fragments = [fragments[i] for i in mine]
+    tensors = {}
+    for f in fragments:
+        tensors[f"weight:{f.name}@{f.offset}"] = f.weight.to("cpu", copy=True)
+        for kind, moment in f.moments.items():
+            tensors[f"{kind}:{f.name}@{f.offset}"] = moment.to("cpu", copy=True)
+    for key, tensor in whole:
+        with engine.gathered(tensor):
+            if world.is_first:
+                tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def _share(sizes: list[int], rank: int, world_size: int) -> list[int]:
+    """Indices that `rank` writes where every rank holds everything: the largest first to whoever has least."""
+    loads = [0] * world_size
+    mine = []
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        lightest = loads.index(min(loads))
+        loads[lightest] += sizes[index]
+        if lightest == rank:
+            mine.append(index)
+    return sorted(mine)
+
+
+def _begin(part: Path, num_bytes: int) -> str | None:
+    """Makes the folder that all ranks write into; returns what is wrong where there is no place for `num_bytes`."""
+    try:
+        part.mkdir(parents=True)
+        free = shutil.disk_usage(part).free
+        if free < num_bytes + SPARE_BYTES:
+            part.rmdir()
+            return (
+                f"{part.parent} has {free / 2**20:,.0f} MiB free, the checkpoint needs {num_bytes / 2**20:,.0f} MiB; "
+                "free some space, or lower checkpoint.keep"
+            )
+    except OSError as error:
+        return f"{part.parent} can't be written: {error.strerror or error}"
+    return None
+
+
+def sync_file(path: Path) -> None:
+    """Flushes a file's content to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Flushes a folder's entries to the disk, so that a rename survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

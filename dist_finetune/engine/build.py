@@ -1,0 +1,122 @@
+"""Makes an engine and checks it: freezing and the optimizer come first, sharding last.
+
+`shard` refuses an optimizer that isn't exactly the plan's trainable set, and after preparing it counts what the optimizer
+and gradient partitions of all ranks really hold.
+"""
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_finetune.engine.base import Engine
+from dist_finetune.engine.ddp import DdpEngine
+from dist_finetune.engine.zero import ZeroEngine
+from dist_finetune.errors import TrainingError, UserError
+from dist_finetune.freeze import Manifest, check_frozen_flags
+from dist_finetune.launchers.environment import scrubbed
+from dist_finetune.phases import PhasePlan
+from dist_finetune.plan import Plan
+from dist_finetune.world import World, sum_over_ranks
+
+
+def open_accelerator(plan: Plan, phase: PhasePlan, world: World) -> Any:
+    """An Accelerator set up from the plan alone, before the model loads; settings of the launcher stay out.
+
+    Raises UserError where Accelerate or DeepSpeed see another world than torch.distributed does (issues of the kind
+    accelerate#1795: N independent trainings).
+    """
+    for name in scrubbed(os.environ):
+        del os.environ[name]
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have left one
+        GradientState._reset_state()
+        settings = plan.deepspeed[phase.index]
+        if settings is None:
+            accelerator = Accelerator(cpu=world.device.type == "cpu")
+            seen = {"Accelerate": accelerator.num_processes}
+        else:
+            import deepspeed
+            from accelerate import DeepSpeedPlugin, InitProcessGroupKwargs
+
+            # Its C++ op would be compiled at start-up, and crashes where no compiler is; gloo does the same work.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
+            backend = "nccl" if world.device.type == "cuda" else "gloo"
+            accelerator = Accelerator(
+                deepspeed_plugin=plugin,
+                gradient_accumulation_steps=plan.batches.gradient_accumulation_steps,
+                kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
+            )
+            seen = {"Accelerate": accelerator.num_processes, "DeepSpeed": deepspeed.comm.get_world_size()}
+    for name, size in seen.items():
+        if size != world.world_size:
+            raise UserError(
+                f"{name} sees {size} processes, torch.distributed {world.world_size}: {world.launcher} and the environment "
+                "disagree; start one launcher only and remove ACCELERATE_* variables"
+            )
+    return accelerator
+
+
+def shard(
+    model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, phase: PhasePlan, accelerator: Any, world: World
+) -> Engine:
+    """The engine of the plan's strategy around a frozen model and the optimizer of its trainable parameters.
+
+    Raises TrainingError where the optimizer is not exactly the plan's trainable set, or what the engine holds afterwards
+    is not the plan's trainable elements plus the engine's own padding.
+    """
+    check_frozen_flags(model, phase.manifest)
+    _check_optimizer(model, optimizer, phase.manifest)
+    model.to(world.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped, prepared = accelerator.prepare(model, optimizer)
+    engine: Engine
+    if plan.strategy == "ddp":
+        engine = DdpEngine(wrapped, model, prepared, plan, accelerator)
+    else:
+        engine = ZeroEngine(wrapped, model, int(plan.strategy.removeprefix("zero")), accelerator)
+    _check_held(engine, plan.strategy, phase.manifest, world)
+    return engine
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, manifest: Manifest) -> None:
+    """The optimizer holds exactly the plan's trainable parameters, in non-empty groups, each once."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [names.get(id(p), "a tensor that is not in the model") for g in optimizer.param_groups for p in g["params"]]
+    if any(not group["params"] for group in optimizer.param_groups):
+        raise TrainingError("the optimizer has an empty parameter group, which ZeRO can't partition")
+    if sorted(held) != sorted(manifest.trainable):
+        extra, missing = set(held) - set(manifest.trainable), set(manifest.trainable) - set(held)
+        raise TrainingError(
+            "the optimizer does not hold exactly the plan's trainable parameters; build it with build_optimizer(model, "
+            f"phase.groups). Not planned: {sorted(extra)[:5]}. Missing: {sorted(missing)[:5]}."
+        )
+
+
+def _check_held(engine: Engine, strategy: str, manifest: Manifest, world: World) -> None:
+    """Optimizer and gradient partitions of all ranks hold the trainable elements and the engine's padding, no more."""
+    held = engine.held()
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    strangers = {names.get(id(p), "?") for p in held.parameters} ^ set(manifest.trainable)
+    if strangers:
+        raise TrainingError(f"{strategy} partitions other parameters than the plan trains: {sorted(strangers)[:5]}")
+    expected = manifest.num_trainable
+    totals = torch.tensor([held.optimizer, held.gradients, held.padding], dtype=torch.float64)
+    if engine.is_partitioned:
+        totals = sum_over_ranks(totals.to(world.device)).cpu()
+    optimizer, gradients, padding = (round(v) for v in totals.tolist())
+    if optimizer != expected + padding or gradients != expected + padding:
+        raise TrainingError(
+            f"{strategy} holds {optimizer:,} optimizer and {gradients:,} gradient elements over {world.world_size} "
+            f"ranks; the plan trains {expected:,}, and padding is {padding:,}"
+        )
