@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
+from dist_finetune.durations import parse_interval
 from dist_finetune.errors import did_you_mean
 from dist_finetune.spec_base import AutoOrPositive, DurationS, PositiveInt, Section, StringList
 from dist_finetune.spec_base import empty_section as _section
@@ -159,11 +160,37 @@ class TrainSpec(Section):
         return warmup
 
 
+class PhaseSpec(Section):
+    """One part of a run with a freeze of its own; what is left out comes from `train`."""
+
+    name: Annotated[str, Field(min_length=1, max_length=40)]
+    freeze: Annotated[FreezeSpec, BeforeValidator(_freeze_section, json_schema_input_type=FreezeSpec | str | None)]
+    epochs: Annotated[float, Field(gt=0)]
+    """Passes over the training data; with `until`, the most that the phase may take."""
+    until: Literal["plateau"] | None = None
+    """plateau: the phase ends at the first evaluation without a better score."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    head_lr: Annotated[float, Field(gt=0)] | None = None
+    schedule: Literal["linear", "cosine", "constant"] | None = None
+    warmup: Annotated[float, Field(ge=0)] | None = None
+
+
 class ShardSpec(Section):
     strategy: Literal["auto"] | Strategy = "auto"
     """How training state is spread over ranks; auto takes the cheapest that fits and says why."""
     deepspeed: dict[str, Any] = {}
     """Extra DeepSpeed keys; refused where they contradict the plan."""
+
+
+class CheckpointSpec(Section):
+    every: Annotated[tuple[float, Literal["steps", "epochs", "s"]], BeforeValidator(parse_interval)] = (1.0, "epochs")
+    """How often to save: "200 steps", "30 min" or "1 epoch"."""
+    keep: PositiveInt = 2
+    """Newest checkpoints to keep; older ones go once a newer one is complete."""
+    best: Literal["eval/accuracy", "eval/loss", "eval/f1"] | None = None
+    """Also keep the checkpoint with the best value, and export that model instead of the last."""
+    full: bool = False
+    """Store frozen weights too; without it the base model must stay at hand."""
 
 
 class TrackSpec(Section):
@@ -180,6 +207,8 @@ class LaunchSpec(Section):
     """Threads a rank uses for CPU work; auto: cores of the node divided by its ranks."""
     timeout: DurationS = 1800.0
     """Seconds (or "30 min") that a collective waits for an absent rank."""
+    time_limit: DurationS | None = None
+    """Stop with a checkpoint after so long, such as "3.5 h"; the run can be resumed."""
     slurm: Annotated[SlurmSpec, BeforeValidator(_section)] = SlurmSpec()
     cloud: Annotated[CloudSpec, BeforeValidator(_section)] = CloudSpec()
 
@@ -198,7 +227,11 @@ class Spec(Section):
     )
     """A ready word (none, backbone, norms, bias-only, all-but-last N) or rules; left out: nothing is frozen."""
     train: Annotated[TrainSpec, BeforeValidator(_section)] = TrainSpec()
+    phases: tuple[PhaseSpec, ...] | Literal["gradual", "lp-ft"] = ()
+    """Parts of the run with a freeze each, instead of `freeze`; or a ready word. gradual: the head first, then blocks
+    from the top, an epoch each (ULMFiT). lp-ft: the head alone for an epoch, then what `freeze` leaves (Kumar 2022)."""
     shard: Annotated[ShardSpec, BeforeValidator(_section)] = ShardSpec()
+    checkpoint: Annotated[CheckpointSpec, BeforeValidator(_section)] = CheckpointSpec()
     track: Annotated[TrackSpec, BeforeValidator(_section)] = TrackSpec()
     launch: Annotated[LaunchSpec, BeforeValidator(_section)] = LaunchSpec()
     name: Annotated[str, Field(min_length=1, max_length=100)]
