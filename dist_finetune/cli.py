@@ -113,20 +113,56 @@ def run(
     fresh: Fresh = False,
 ) -> None:
     """Train on this machine: all visible GPUs, or CPU processes where there are none."""
-    refuse_run_in_many(os.environ)
     spec = _load(config, overrides)
-    world_size = num_workers(gpus, processes, count_gpus())
     folder = Path(spec.output) / spec.name
+    arguments = [config, *(overrides or ()), *(["--fresh"] if fresh else [])]
+    raise typer.Exit(_launch(arguments, folder, gpus, processes, fresh))
+
+
+@app.command()
+def resume(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)],
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="Use so many GPUs; left out: all visible ones.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Start so many processes; with GPUs each has one, without any the default is 1.")
+    ] = None,
+    allow: Annotated[bool, typer.Option("--allow", help="Also accept other epochs or learning rates.")] = False,
+) -> None:
+    """Go on from a run's newest good checkpoint, with any strategy and any number of processes."""
+    config = run_folder / "config.yaml"
+    if not config.exists():
+        raise UserError(f"{run_folder} is no run of this tool: it has no config.yaml. Name the folder that `run` printed.")
+    # The folder may have moved since, so where it is now counts, not what its config says.
+    moved = [f"output={json.dumps(str(run_folder.absolute().parent))}", f"name={json.dumps(run_folder.absolute().name)}"]
+    arguments = [str(config), *(overrides or ()), *moved]
+    _load(arguments[0], arguments[1:])
+    changes = ["--changes", "allow" if allow else "layout"]
+    raise typer.Exit(_launch([*arguments, *changes], run_folder, gpus, processes, fresh=False))
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", show_default=False)]) -> None:
+    """Check files and hashes of a run's checkpoints (or of one), and say what could be resumed."""
+    from dist_finetune.checkpoint.verify import verify_path
+
+    lines, is_good = verify_path(path)
+    typer.echo("\n".join(lines))
+    raise typer.Exit(0 if is_good else 1)
+
+
+def _launch(arguments: list[str], folder: Path, gpus: int | None, processes: int | None, fresh: bool) -> int:
+    """Starts the workers of a run on this machine and returns their exit code."""
+    refuse_run_in_many(os.environ)
+    world_size = num_workers(gpus, processes, count_gpus())
     before = _identity(folder) if fresh else None
 
     def folder_ready() -> bool:
         return (folder / "config.yaml").exists() and _identity(folder) != before
 
     debug = ["--debug"] if "--debug" in sys.argv else []
-    worker = [sys.executable, "-m", "dist_finetune", *debug, "train", config, *(overrides or ())]
-    raise typer.Exit(
-        launch_local([*worker, *(["--fresh"] if fresh else [])], world_size, folder / "logs", folder_ready)
-    )
+    worker = [sys.executable, "-m", "dist_finetune", *debug, "train", *arguments]
+    return launch_local(worker, world_size, folder / "logs", folder_ready)
 
 
 def _identity(folder: Path) -> int | None:
@@ -135,12 +171,17 @@ def _identity(folder: Path) -> int | None:
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    changes: Annotated[str, typer.Option(hidden=True, help="What may differ from the run that goes on.")] = "none",
+) -> None:
     """Be one worker of the job that torchrun, accelerate launch, deepspeed or srun started; alone, a job of one."""
     spec = _load(config, overrides)
     from dist_finetune.run import train as train_rank
 
-    train_rank(spec, fresh=fresh)
+    train_rank(spec, fresh=fresh, changes=changes)
 
 
 @app.command()
@@ -175,6 +216,60 @@ def plan(
             f"{planned.strategy} needs {needed / 2**30:.1f} GiB a GPU before any activation, and a GPU has "
             f"{limit / 2**30:.1f} GiB: freeze more, use more GPUs, or shard.strategy: zero3"
         )
+
+
+@app.command()
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each machine; 0 trains on CPUs.")] = 1,
+    processes_per_node: Annotated[
+        int | None, typer.Option(min=1, help="With no GPUs: processes on each machine, default 1.")
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit of one attempt, such as 04:00:00 or '90 min'.")] = None,
+    partition: Annotated[str | None, typer.Option(help="SLURM partition.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Memory of a GPU, such as 80GiB.")] = None,
+    to: Annotated[str, typer.Option(help="slurm, skypilot, dstack or kubernetes.")] = "slurm",
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="key=a,b: a run for each value, and for each combination of several.")
+    ] = None,
+    price: Annotated[str | None, typer.Option(help="A price list (YAML); shows hours and cost.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the job.")] = False,
+    fresh: Fresh = False,
+) -> None:
+    """Plan, show, write and submit a job that saves at its time limit, queues itself again and goes on."""
+    from dist_finetune.launchers.request import check_request
+
+    request = check_request(
+        to=to,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        processes_per_node=processes_per_node,
+        gpu_memory_bytes=_parse_bytes(gpu_memory) if gpu_memory else None,
+        time=time,
+        partition=partition,
+        sweep=tuple(sweep or ()),
+        price=price,
+        dry_run=dry_run,
+        fresh=fresh,
+    )
+    _load(config, overrides)
+    from dist_finetune.submit import submit as submit_job
+
+    submit_job(config, overrides or (), request, typer.echo)
+
+
+@app.command()
+def doctor(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="Also check what this config needs.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check versions, GPUs, ranks, network, disks, hub and W&B, alone or under any launcher; exit code 1 if one fails."""
+    spec = _load(config, overrides) if config else None
+    from dist_finetune.doctor import examine
+
+    raise typer.Exit(examine(spec, typer.echo))
 
 
 @app.command()
