@@ -265,7 +265,7 @@ def doctor(
     config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="Also check what this config needs.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Check versions, GPUs, ranks, network, disks, hub and W&B, alone or under any launcher; exit code 1 if one fails."""
+    """Check versions, GPUs, ranks, network, disks, hub, W&B: alone or under any launcher; exit code 1 if one fails."""
     spec = _load(config, overrides) if config else None
     from dist_finetune.doctor import examine
 

@@ -1,0 +1,189 @@
+"""From a config to a submitted job: plan, show, write into the run folder, hand over to SLURM or a cloud tool."""
+
+import difflib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_finetune.data.tables import Tables, read_tables
+from dist_finetune.errors import PlanError, UserError
+from dist_finetune.launchers.cloud import CloudJob, cloud_commands, render_cloud
+from dist_finetune.launchers.request import Request
+from dist_finetune.launchers.slurm import SlurmJob, grace_s, render_job
+from dist_finetune.launchers.sweep import sweep_trials
+from dist_finetune.plan import Plan, Topology, plan_run
+from dist_finetune.plan_text import plan_lines, plan_notes
+from dist_finetune.run_folder import LOGS, check_run_folder, folder_of, start_run_folder, write_text
+from dist_finetune.spec import Spec
+from dist_finetune.spec_file import load_spec, resolved_yaml
+
+JOB_FILES = {"slurm": "job.sbatch", "skypilot": "skypilot.yaml", "dstack": "dstack.yaml", "kubernetes": "k8s.yaml"}
+# A checkpoint holds trainable weights and two Adam moments in fp32.
+BYTES_PER_TRAINABLE = 12
+SBATCH_TIMEOUT_S = 120
+
+
+def submit(config: str, overrides: Sequence[str], request: Request, say: Callable[[str], None]) -> list[Plan]:
+    """Plans and shows the job, and unless it is a dry run writes and submits it. Returns the plans, one for each run.
+
+    Raises UserError for wrong input and for what sbatch refuses, PlanError where a run does not fit; nothing is written
+    or submitted then.
+    """
+    specs = _specs(config, overrides, request)
+    plans = _plans(specs, request)
+    for spec, plan in zip(specs, plans, strict=True):
+        say(f"{'# ' + spec.name + chr(10) if len(plans) > 1 else ''}{plan_lines(plan)}")
+        for note in plan_notes(plan):
+            say(f"note: {note}")
+        _require_fit(plan)
+        if check_run_folder(spec, request.fresh, "layout") == "finished":
+            raise UserError(f"{folder_of(spec)} is finished; --fresh trains it again, name=... makes another run")
+    folder = folder_of(specs[0]).absolute() if len(specs) == 1 else folder_of(specs[0]).absolute().parent
+    text = _text(folder, specs, plans, request)
+    path = folder / JOB_FILES[request.to]
+    say(f"\n# {path}\n{text}")
+    _show_difference(path, text, say)
+    if request.dry_run:
+        say("dry run: nothing was written or submitted")
+        return plans
+    if request.to == "slurm" and shutil.which("sbatch") is None:
+        raise UserError("there is no sbatch here: submit on a login node of the cluster, or look with --dry-run")
+    for spec in specs:
+        # The job trains from this copy, so that later edits of the config don't change a job that waits in the queue.
+        if check_run_folder(spec, request.fresh, "layout") == "new":
+            start_run_folder(spec, request.fresh, step=0, evaluated=False)
+        else:
+            write_text(folder_of(spec) / "config.yaml", resolved_yaml(spec))
+    (folder / LOGS).mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    if request.to == "slurm":
+        _submit_slurm(path, folder, len(specs) > 1, say)
+    else:
+        for line in cloud_commands(request.to, path, specs[0].launch.cloud):
+            say(line)
+    return plans
+
+
+def _specs(config: str, overrides: Sequence[str], request: Request) -> list[Spec]:
+    """One spec, or those of a sweep, whose folders lie in the folder that the run itself would have had."""
+    base = load_spec(config, overrides)
+    trials = sweep_trials(request.sweep)
+    specs = [
+        load_spec(config, [*overrides, *trial.overrides]).model_copy(
+            update={"name": trial.name, "output": str(Path(base.output) / base.name)}
+        )
+        for trial in trials
+    ]
+    return specs or [base]
+
+
+def _plans(specs: Sequence[Spec], request: Request) -> list[Plan]:
+    """Runs of a sweep mostly share their data, which is then read once."""
+    topology = _topology(specs[0], request)
+    read: dict[str, Tables] = {}
+    plans = []
+    for spec in specs:
+        key = f"{spec.data!r} {spec.train.seed}"
+        if key not in read:
+            read[key] = read_tables(spec.data, spec.train.seed)
+        plans.append(plan_run(spec, topology, read[key]))
+    return plans
+
+
+def _topology(spec: Spec, request: Request) -> Topology:
+    if request.gpus_per_node == 0:
+        return Topology(request.nodes, request.processes_per_node or 1, "cpu")
+    return Topology(request.nodes, request.gpus_per_node, "cuda", request.gpu_memory_bytes)
+
+
+def _require_fit(plan: Plan) -> None:
+    needed, limit = plan.memory[plan.strategy].total, plan.topology.device_memory_bytes
+    if limit is not None and needed > limit:
+        raise PlanError(
+            f"{plan.spec.name}: {plan.strategy} needs {needed / 2**30:.1f} GiB a GPU before any activation, and a GPU "
+            f"has {limit / 2**30:.1f} GiB: freeze more, use more GPUs, or shard.strategy: zero3"
+        )
+
+
+def _text(folder: Path, specs: Sequence[Spec], plans: Sequence[Plan], request: Request) -> str:
+    if request.to == "slurm":
+        return render_job(slurm_job(folder, specs, plans, request, Path.cwd(), sys.executable))
+    plan = plans[0]
+    job = CloudJob(
+        name=specs[0].name,
+        cloud=specs[0].launch.cloud,
+        num_nodes=request.nodes,
+        gpus_per_node=request.gpus_per_node,
+        processes_per_node=plan.topology.processes_per_node,
+        state_bytes=plan.memory[plan.strategy].total,
+        gpu_memory_bytes=request.gpu_memory_bytes,
+        config=folder / "config.yaml",
+        config_text=resolved_yaml(specs[0]),
+    )
+    return render_cloud(request.to, job)
+
+
+def slurm_job(
+    folder: Path, specs: Sequence[Spec], plans: Sequence[Plan], request: Request, working_folder: Path, python: str
+) -> SlurmJob:
+    """The job of one run, or of a sweep's runs, in `folder`."""
+    site = specs[0].launch.slurm
+    largest = max(plan.widest.manifest.num_trainable for plan in plans) * BYTES_PER_TRAINABLE
+    return SlurmJob(
+        name=specs[0].name if len(specs) == 1 else folder.name,
+        site=site,
+        num_nodes=request.nodes,
+        gpus_per_node=request.gpus_per_node,
+        processes_per_node=plans[0].topology.processes_per_node,
+        grace_s=grace_s(largest, site),
+        python=site.python or ("python" if site.container else python),
+        time=request.time,
+        partition=request.partition,
+        configs=tuple((working_folder / folder_of(spec) / "config.yaml") for spec in specs),
+        folder=folder,
+        working_folder=working_folder,
+    )
+
+
+def _show_difference(path: Path, text: str, say: Callable[[str], None]) -> None:
+    if not path.exists():
+        return
+    before = path.read_text(encoding="utf-8").splitlines()
+    changes = list(difflib.unified_diff(before, text.splitlines(), "last submission", "this one", lineterm="", n=0))
+    say("\n".join(["# differs from the last submission:", *changes[2:]] if changes else ["# as submitted last"]))
+
+
+def _submit_slurm(path: Path, folder: Path, is_array: bool, say: Callable[[str], None]) -> None:
+    # Inside another job, SLURM's variables would become options of this one.
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_")) or k == "SLURM_CONF"}
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(path)],
+            capture_output=True,
+            text=True,
+            timeout=SBATCH_TIMEOUT_S,
+            check=False,
+            env=env,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"sbatch gave no answer for {SBATCH_TIMEOUT_S} s; see with squeue whether the job is there"
+        ) from None
+    if done.returncode != 0:
+        reason = (done.stderr or done.stdout).strip()
+        raise UserError(f"sbatch refused {path}: {reason}\nCorrect the flags or launch.slurm of the config")
+    job = done.stdout.strip().partition(";")[0]
+    record: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "to": "slurm", "job": job}
+    with (folder / "submissions.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    log = folder / LOGS / (f"slurm-{job}_0.out" if is_array else f"slurm-{job}.out")
+    say(f"submitted job {job}")
+    say(f"watch:   squeue -j {job}; tail -F '{log}'")
+    say(f"save and stop:  scancel --signal=USR1 {job}      stop:  scancel {job}")
+    say("resume:  the same `submit` command; it goes on from the newest checkpoint")
