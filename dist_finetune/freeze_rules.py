@@ -155,14 +155,14 @@ def _layers(text: str, structure: Structure) -> list[str] | str:
         return f"{where}: {_no_blocks()}"
     indices: set[int] = set()
     for term in text.split(","):
-        found = _term(term.strip(), structure.depth)
+        found = block_numbers(term.strip(), structure.depth)
         if isinstance(found, str):
             return f"{where}: {found}"
         indices |= set(found)
     return _blocks(sorted(indices), structure, where)
 
 
-def _term(term: str, depth: int) -> Iterable[int] | str:
+def block_numbers(term: str, depth: int) -> Iterable[int] | str:
     """Block numbers of one comma-separated term, or what is wrong with it."""
     valid = f"this model has {depth} block{'s' if depth > 1 else ''}, numbers 0 to {depth - 1} (or -{depth} to -1)"
     if term.lower() == "all":

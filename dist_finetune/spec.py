@@ -13,6 +13,7 @@ from dist_finetune.durations import parse_interval
 from dist_finetune.errors import did_you_mean
 from dist_finetune.spec_base import AutoOrPositive, DurationS, PositiveInt, Section, StringList
 from dist_finetune.spec_base import empty_section as _section
+from dist_finetune.spec_features import FeaturesSpec
 from dist_finetune.spec_launch import CloudSpec, SlurmSpec
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
@@ -220,8 +221,11 @@ class Spec(Section):
     """Which model, and its weights, such as `model: {name: bert-base-uncased}`."""
     data: Annotated[DataSpec, BeforeValidator(_section)]
     """What to train and to evaluate on, such as `data: {train: rows.csv}`."""
-    task: Literal["classification"] | None = None
-    """Found from the data when left out."""
+    task: Literal["classification", "features"] | None = None
+    """Found from the data when left out. features: extract features and fit linear heads and SVMs instead of training."""
+    features: Annotated[FeaturesSpec, BeforeValidator(_section)] = FeaturesSpec()
+    strategy: Literal["auto"] | None = None
+    """auto: measure the data with probes first (as `advise` does), then take the freeze, phases and rates that follow."""
     freeze: Annotated[FreezeSpec, BeforeValidator(_freeze_section, json_schema_input_type=FreezeSpec | str | None)] = (
         FreezeSpec()
     )
