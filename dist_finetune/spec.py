@@ -208,6 +208,8 @@ class LaunchSpec(Section):
     """Threads a rank uses for CPU work; auto: cores of the node divided by its ranks."""
     timeout: DurationS = 1800.0
     """Seconds (or "30 min") that a collective waits for an absent rank."""
+    join_timeout: DurationS = 180.0
+    """Seconds that ranks wait for each other at the start; then the absent ones are named."""
     time_limit: DurationS | None = None
     """Stop with a checkpoint after so long, such as "3.5 h"; the run can be resumed."""
     slurm: Annotated[SlurmSpec, BeforeValidator(_section)] = SlurmSpec()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from dist_finetune.errors import DistFinetuneError, UserError
 from dist_finetune.launchers.environment import torch_variables, world_from_environment
+from dist_finetune.preflight import check_all_reduce, meet
 from dist_finetune.spec import LaunchSpec
 
 T = TypeVar("T")
@@ -47,7 +48,8 @@ class World:
 def join_world(launch: LaunchSpec) -> World:
     """Joins (or, alone, makes) the process group; gloo for CPU tensors, NCCL for CUDA tensors.
 
-    Raises UserError where the launcher's variables and the ranks that really arrived disagree, or two ranks share a GPU.
+    Raises UserError where the launcher's variables and the ranks that really arrived disagree, or two ranks share a
+    GPU.
     """
     found = world_from_environment(os.environ)
     device = _device(found.local_rank, found.local_world_size)
@@ -64,11 +66,15 @@ def join_world(launch: LaunchSpec) -> World:
             os.environ.setdefault("MASTER_PORT", "29500")  # never opened: the store lives in this process
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            store = meet(found, launch.join_timeout)
+            dist.init_process_group(
+                backend, store=store, rank=found.rank, world_size=found.world_size, timeout=timeout
+            )
     world = World(
         found.launcher, found.rank, found.local_rank, found.world_size, found.local_world_size, device, made_group
     )
     _check_ranks(world)
+    check_all_reduce(world.rank, world.world_size, world.device)
     return world
 
 
@@ -107,8 +113,8 @@ def _check_ranks(world: World) -> None:
     """Every rank there once, every GPU used once, the same world size everywhere."""
     if dist.get_world_size() != world.world_size or dist.get_rank() != world.rank:
         raise UserError(
-            f"the process group has rank {dist.get_rank()} of {dist.get_world_size()}, {world.launcher}'s variables say "
-            f"rank {world.rank} of {world.world_size}: start one launcher only, without variables of another"
+            f"the process group has rank {dist.get_rank()} of {dist.get_world_size()}, {world.launcher}'s variables "
+            f"say rank {world.rank} of {world.world_size}: start one launcher only, without variables of another"
         )
     gpu = str(torch.cuda.get_device_properties(world.device).uuid) if world.device.type == "cuda" else None
     places = gather_objects((world.rank, world.world_size, socket.gethostname(), gpu))
@@ -176,4 +182,6 @@ def require_same(label: str, value: str, hint: str) -> None:
     values = gather_objects(value)
     if len(set(values)) > 1:
         other = next(rank for rank, v in enumerate(values) if v != values[0])
-        raise UserError(f"{label} differs between ranks: rank 0 has {values[0]}, rank {other} has {values[other]}. {hint}")
+        raise UserError(
+            f"{label} differs between ranks: rank 0 has {values[0]}, rank {other} has {values[other]}. {hint}"
+        )
