@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -132,9 +132,14 @@ def resume(
     """Go on from a run's newest good checkpoint, with any strategy and any number of processes."""
     config = run_folder / "config.yaml"
     if not config.exists():
-        raise UserError(f"{run_folder} is no run of this tool: it has no config.yaml. Name the folder that `run` printed.")
+        raise UserError(
+            f"{run_folder} is no run of this tool: it has no config.yaml. Name the folder that `run` printed."
+        )
     # The folder may have moved since, so where it is now counts, not what its config says.
-    moved = [f"output={json.dumps(str(run_folder.absolute().parent))}", f"name={json.dumps(run_folder.absolute().name)}"]
+    moved = [
+        f"output={json.dumps(str(run_folder.absolute().parent))}",
+        f"name={json.dumps(run_folder.absolute().name)}",
+    ]
     arguments = [str(config), *(overrides or ()), *moved]
     _load(arguments[0], arguments[1:])
     changes = ["--changes", "allow" if allow else "layout"]
@@ -175,7 +180,9 @@ def train(
     config: Config,
     overrides: Overrides = None,
     fresh: Fresh = False,
-    changes: Annotated[str, typer.Option(hidden=True, help="What may differ from the run that goes on.")] = "none",
+    changes: Annotated[
+        Literal["none", "layout", "allow"], typer.Option(hidden=True, help="What may differ from the run that goes on.")
+    ] = "none",
 ) -> None:
     """Be one worker of the job that torchrun, accelerate launch, deepspeed or srun started; alone, a job of one."""
     spec = _load(config, overrides)

@@ -7,7 +7,7 @@ SECONDS_PER_UNIT = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h":
 
 
 def parse_duration_s(value: Any) -> Any:
-    """Seconds of a duration such as "30 min"; a plain number is seconds. Anything else is returned for pydantic to refuse."""
+    """Seconds of a duration such as "30 min"; a plain number is seconds. Raises ValueError for anything else."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if value <= 0:
             raise ValueError(f"a duration must be above 0, not {value}")

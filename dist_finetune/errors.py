@@ -14,7 +14,7 @@ class DistFinetuneError(Exception):
 
 
 class UserError(DistFinetuneError):
-    """The user's input (config, data, command line, environment) is wrong. Ends with exit code 2, without a traceback."""
+    """The user's input (config, data, command line, environment) is wrong. Exit code 2, without a traceback."""
 
     exit_code = 2
 

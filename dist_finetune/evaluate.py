@@ -42,14 +42,13 @@ def evaluate(
             logits.append(out)
             labels.append(batch["labels"])
             ids.append(torch.from_numpy(micro.ids))
-    mine = [torch.cat(parts) if parts else None for parts in (ids, logits, labels)]
-    gathered = [part for part in gather_objects(mine) if part[0] is not None]
-    order = torch.cat([part[0] for part in gathered])
-    if not torch.equal(order.sort().values, torch.arange(len(rows.dataset))):
-        raise TrainingError(f"evaluation saw {len(order)} rows instead of each of {len(rows.dataset)} once")
+    mine = tuple(torch.cat(parts) for parts in (ids, logits, labels)) if ids else None
+    gathered = [part for part in gather_objects(mine) if part is not None]
+    order, all_logits, all_labels = (torch.cat(parts) for parts in zip(*gathered, strict=True))
+    if not torch.equal(order.sort().values, torch.arange(rows.num_rows)):
+        raise TrainingError(f"evaluation saw {len(order)} rows instead of each of {rows.num_rows} once")
     back = order.argsort()
-    all_logits = torch.cat([part[1] for part in gathered])[back]
-    all_labels = torch.cat([part[2] for part in gathered])[back]
+    all_logits, all_labels = all_logits[back], all_labels[back]
     return Evaluation(all_logits, all_labels, classification_metrics(all_logits, all_labels))
 
 
@@ -63,7 +62,9 @@ def classification_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[s
     }
 
 
-def to_device(inputs: dict[str, torch.Tensor] | torch.Tensor, device: torch.device) -> dict[str, torch.Tensor] | torch.Tensor:
+def to_device(
+    inputs: dict[str, torch.Tensor] | torch.Tensor, device: torch.device
+) -> dict[str, torch.Tensor] | torch.Tensor:
     """A batch's inputs on `device`, copied without blocking the host where memory is pinned."""
     if isinstance(inputs, dict):
         return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}

@@ -31,9 +31,9 @@ def plan_groups(
 ) -> tuple[GroupPlan, ...]:
     """The groups of every trainable parameter, none empty, ordered by first appearance in the model.
 
-    Biases and one-dimensional parameters (norm scales) have no weight decay, as in the BERT paper. `head_lr` is the rate
-    of the head; `layer_decay` (ULMFiT's discriminative rates, Howard & Ruder 2018) counts depth on the full model, so
-    that freezing more changes no rate.
+    Biases and one-dimensional parameters (norm scales) have no weight decay, as in the BERT paper. `head_lr` is the
+    rate of the head; `layer_decay` (ULMFiT's discriminative rates, Howard & Ruder 2018) counts depth on the full model,
+    so that freezing more changes no rate.
     """
     shapes = {r.name: r for r in manifest.records if r.kind == "parameter" and not r.frozen}
     groups: dict[tuple[float, float, int], list[str]] = {}
@@ -68,7 +68,8 @@ def build_optimizer(model: nn.Module, groups: Sequence[GroupPlan]) -> torch.opti
     actual = {name for name, p in named.items() if p.requires_grad}
     if planned != actual:
         raise TrainingError(
-            f"the optimizer would not hold exactly the planned parameters: planned but frozen {sorted(planned - actual)[:5]}, "
+            "the optimizer would not hold exactly the planned parameters: "
+            f"planned but frozen {sorted(planned - actual)[:5]}, "
             f"trainable but not planned {sorted(actual - planned)[:5]}"
         )
     return torch.optim.AdamW(

@@ -1,7 +1,7 @@
 """The phases of a run: what each freezes, its groups, rates and steps. Usually there is one.
 
-Changing what is frozen ends a phase: optimizer and partition are rebuilt, and Adam state is carried over by name. Nothing
-is frozen or thawed on a live engine, where ZeRO would go on with the old partition (DeepSpeed#2615, #5639).
+Changing what is frozen ends a phase: optimizer and partition are rebuilt, and Adam state is carried over by name.
+Nothing is frozen or thawed on a live engine, where ZeRO would go on with the old partition (DeepSpeed#2615, #5639).
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,9 @@ def plan_phases(
             num_steps = min(num_steps, left)
             left -= num_steps
         if num_steps == 0:
-            raise UserError(f"train.max_steps: {spec.train.max_steps} leaves no step for phase {phase.name!r}; raise it")
+            raise UserError(
+                f"train.max_steps: {spec.train.max_steps} leaves no step for phase {phase.name!r}; raise it"
+            )
         train = _train_of(phase, spec.train)
         manifest = _compile(phase, structure, model, len(phases))
         earlier = since_phase

@@ -150,9 +150,7 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables) -> Plan:
     memory = {s: state_bytes(widest, s, topology.world_size) for s in STRATEGIES}
     strategy, reason = _plan_strategy(spec, topology, memory)
     deepspeed = tuple(deepspeed_settings(spec, strategy, batches, precision, phase.manifest) for phase in phases)
-    return Plan(
-        spec, topology, card, data, structure, phases, batches, precision, strategy, reason, memory, deepspeed
-    )
+    return Plan(spec, topology, card, data, structure, phases, batches, precision, strategy, reason, memory, deepspeed)
 
 
 def _plan_data(spec: Spec, topology: Topology, tables: Tables, card: ModelCard) -> DataPlan:
@@ -190,7 +188,8 @@ def _plan_batches(spec: Spec, topology: Topology, data: DataPlan) -> BatchPlan:
         below = train.global_batch_size // world_size * world_size
         works = " or ".join(str(n) for n in (below, below + world_size) if n)
         raise UserError(
-            f"train.global_batch_size: {train.global_batch_size} can't be divided over {world_size} processes; use {works}"
+            f"train.global_batch_size: {train.global_batch_size} can't be divided over {world_size} processes; "
+            f"use {works}"
         )
     share = train.global_batch_size // world_size
     divisors = [n for n in range(1, share + 1) if share % n == 0]
@@ -208,9 +207,7 @@ def _plan_batches(spec: Spec, topology: Topology, data: DataPlan) -> BatchPlan:
     steps_per_epoch = -(-num_rows // train.global_batch_size)
     eval_batch = max(64, 2 * micro) if train.eval_batch_size == "auto" else train.eval_batch_size
     last = num_rows - (steps_per_epoch - 1) * train.global_batch_size
-    return BatchPlan(
-        train.global_batch_size, micro, share // micro, eval_batch, steps_per_epoch, last
-    )
+    return BatchPlan(train.global_batch_size, micro, share // micro, eval_batch, steps_per_epoch, last)
 
 
 def _plan_precision(spec: Spec, topology: Topology) -> Literal["fp32", "bf16"]:
@@ -228,7 +225,10 @@ def _plan_strategy(spec: Spec, topology: Topology, memory: dict[Strategy, StateB
         return spec.shard.strategy, "asked for"
     limit = topology.device_memory_bytes
     if limit is None or topology.world_size == 1:
-        return "ddp", "the cheapest; no memory limit is known" if limit is None else "one process has nobody to share with"
+        return (
+            "ddp",
+            "the cheapest; no memory limit is known" if limit is None else "one process has nobody to share with",
+        )
     budget = 0.7 * limit  # the rest is for activations and the allocator
     for strategy in STRATEGIES:
         if memory[strategy].total <= budget:

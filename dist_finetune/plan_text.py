@@ -25,13 +25,14 @@ def plan_lines(plan: Plan) -> str:
     batches, data = plan.batches, plan.data
     rows = ", ".join(f"{count:,} {split}" for split, count in data.num_rows.items())
     size = f"up to {data.max_length} tokens" if data.modality == "text" else f"{data.image_size} pixels"
-    total_batch = f"{batches.micro_batch_size} x {batches.gradient_accumulation_steps} accumulated x {plan.topology.world_size}"
+    accumulated = f"{batches.micro_batch_size} x {batches.gradient_accumulation_steps} accumulated"
+    total_batch = f"{accumulated} x {plan.topology.world_size} processes"
     return "\n".join(
         [
             f"model     {plan.card.name}, {plan.data.modality}, {len(data.classes)} classes",
             f"data      {rows} rows, {size}",
             *(_phase_line(plan, phase) for phase in plan.phases),
-            f"batch     {batches.global_batch_size} = {total_batch} processes; the last of an epoch {batches.last_batch_size}",
+            f"batch     {batches.global_batch_size} = {total_batch}; the last of an epoch {batches.last_batch_size}",
             f"steps     {plan.total_steps} ({batches.steps_per_epoch} an epoch)",
             f"precision {plan.precision} on {plan.topology.device}",
             f"strategy  {plan.strategy}: {plan.strategy_reason}",
@@ -42,9 +43,7 @@ def plan_lines(plan: Plan) -> str:
 def plan_notes(plan: Plan) -> list[str]:
     """What is allowed, but the user may not have meant; each once."""
     many = len(plan.phases) > 1
-    return list(
-        dict.fromkeys((f"{p.name}: " if many else "") + note.message for p in plan.phases for note in p.notes)
-    )
+    return list(dict.fromkeys((f"{p.name}: " if many else "") + note.message for p in plan.phases for note in p.notes))
 
 
 def _phase_line(plan: Plan, phase: PhasePlan) -> str:

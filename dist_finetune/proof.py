@@ -30,7 +30,8 @@ def digest_tensor(tensor: torch.Tensor) -> str:
     """sha256 of a tensor's dtype, shape and bytes."""
     data = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{data.dtype} {tuple(data.shape)} ".encode())
-    digest.update(data.view(-1).view(torch.uint8).numpy() if data.numel() else b"")
+    if data.numel():
+        digest.update(data.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

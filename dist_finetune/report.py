@@ -99,7 +99,9 @@ class Reporter:
         for sink in self._sinks:
             sink.log(step, metrics)
         if "train/loss" in metrics:
-            self._show_progress(step, f"loss {metrics['train/loss']:.4f}, {metrics['perf/samples_per_s']:.0f} samples/s")
+            self._show_progress(
+                step, f"loss {metrics['train/loss']:.4f}, {metrics['perf/samples_per_s']:.0f} samples/s"
+            )
 
     def _show_progress(self, step: int, text: str) -> None:
         if self._progress:

@@ -1,6 +1,7 @@
 """One run on one page: the stages in order, as every rank goes through them."""
 
 import time
+from functools import partial
 
 from dist_finetune.checkpoint.resume import find_start
 from dist_finetune.checkpoint.saver import Saver
@@ -73,12 +74,12 @@ def _train(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: f
             if not has_next:
                 break
             phase, stage = next_stage(job, stage, progress, saver)
-            on_first(world, lambda p=phase, s=stage: write_freeze(job.folder, p, s.frozen_digests))
+            on_first(world, partial(write_freeze, job.folder, phase, stage.frozen_digests))
     return finish_run(job, stage, progress, proof, last, saver, started_s)
 
 
 def _prepare(spec: Spec, world: World, report: Reporter) -> Job:
-    """Everything that needs no weights: data, plan, agreement of the ranks and of the launcher with it, encoded rows."""
+    """Everything that needs no weights: data, plan, agreement of ranks and launcher with it, encoded rows."""
     report.say(f"reading {', '.join(spec.data.train)}")
     tables = together(lambda: read_tables(spec.data, spec.train.seed))
     plan = plan_run(spec, local_topology(world.local_world_size, world.num_nodes), tables)

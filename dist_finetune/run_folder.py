@@ -29,7 +29,17 @@ METRICS = "metrics.jsonl"
 JOB_SCRIPT = "job.sbatch"
 LOGS = "logs"  # the launcher's copies of what each rank printed
 STARTED_OVER = (METRICS, "wandb.json", "freeze.json")  # made anew where a run starts from its first step
-PACKAGES = ("torch", "torchvision", "accelerate", "deepspeed", "transformers", "timm", "datasets", "wandb", "dist-finetune")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "accelerate",
+    "deepspeed",
+    "transformers",
+    "timm",
+    "datasets",
+    "wandb",
+    "dist-finetune",
+)
 
 
 def folder_of(spec: Spec) -> Path:
@@ -117,7 +127,14 @@ def write_text(path: Path, text: str) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions, machine and launcher variables that a later reader needs to explain a run. No secrets."""
-    prefixes = ("SLURM_JOB", "SLURM_NNODES", "SLURM_NTASKS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
+    prefixes = (
+        "SLURM_JOB",
+        "SLURM_NNODES",
+        "SLURM_NTASKS",
+        "CUDA_VISIBLE_DEVICES",
+        "OMP_NUM_THREADS",
+        "HF_HUB_OFFLINE",
+    )
     return {
         "python": sys.version.split()[0],
         "packages": {name: _version(name) for name in PACKAGES},
@@ -161,7 +178,7 @@ def refuse_other_config(config: Path, spec: Spec, changes: Changes) -> bool:
         ways = {
             "none": "Use name=... for a new run, --fresh to keep the old folder aside and start over, or "
             "`dist-finetune resume` to go on with changes",
-            "layout": "Add --allow where that is meant (epochs, learning rates); anything else needs a new run: name=...",
+            "layout": "Add --allow where that is meant (epochs, learning rates); the rest needs a new run: name=...",
             "allow": "These can't change within a run; use name=... for a new one",
         }[changes]
         raise UserError(f"{config.parent} holds a run of another config:\n" + "\n".join(lines) + f"\n{ways}")

@@ -1,7 +1,7 @@
 """From a phase of the plan to an engine: load, freeze, optimizer, shard. The order is the contract.
 
-Every start goes this way, the first as well as one from a checkpoint and one of a later phase: base weights, then what a
-checkpoint changed, then the freeze, then an optimizer of exactly what trains, then the shards, then Adam's moments.
+Every start goes this way, the first as well as one from a checkpoint and one of a later phase: base weights, then what
+a checkpoint changed, then the freeze, then an optimizer of exactly what trains, then the shards, then Adam's moments.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Stage:
 
 
 def load_base(plan: Plan) -> tuple[nn.Module, Provenance]:
-    """The model with its base weights, whole, on the CPU of every rank. Collective: one rank's failure is everybody's."""
+    """The model with its base weights, whole, on the CPU of every rank. Collective."""
     return together(lambda: load_model(plan.card, plan.spec.model, plan.data.classes, plan.spec.train.seed))
 
 

@@ -42,8 +42,8 @@ class Agreed:
 class StopWish:
     """Whether any rank was told to stop, known to all ranks at the same step.
 
-    The highest of the ranks' wishes is found by a collective of two numbers that runs beside each step and is read at the
-    next, so that no step waits for it.
+    The highest of the ranks' wishes is found by a collective of two numbers that runs beside each step and is read at
+    the next, so that no step waits for it.
     """
 
     def __init__(

@@ -67,7 +67,9 @@ def write_freeze(
 ) -> None:
     """Adds a phase to freeze.json: every tensor in order, with the sha256 that each frozen one must keep."""
     path = folder / "freeze.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"source": source, "phases": {}}
+    content: dict[str, Any] = {"source": source, "phases": {}}
+    if path.exists():
+        content = json.loads(path.read_text(encoding="utf-8"))
     tensors = [dataclasses.asdict(record) for record in phase.manifest.records]
     for tensor in tensors:
         tensor["sha256"] = frozen_digests.get(tensor["name"])
@@ -123,16 +125,16 @@ def write_end(folder: Path, status: str, error: Exception, world: World) -> None
     """Marks a run that had started as failed or stopped, with the message. Leaves a folder of another run alone."""
     if world.is_first and (folder / "plan.json").exists() and read_summary(folder).get("status") is None:
         when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        write_json(folder / "summary.json", {"status": status, "message": f"{type(error).__name__}: {error}", "time": when})
+        write_json(
+            folder / "summary.json", {"status": status, "message": f"{type(error).__name__}: {error}", "time": when}
+        )
 
 
 def load_summary(folder: Path) -> Summary:
     """The summary of a finished run, from its folder."""
     saved = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     values = {field.name: saved[field.name] for field in dataclasses.fields(Summary)}
-    values |= {
-        "folder": folder, "frozen_verified": tuple(saved["frozen_verified"]), "phases": tuple(saved["phases"])
-    }
+    values |= {"folder": folder, "frozen_verified": tuple(saved["frozen_verified"]), "phases": tuple(saved["phases"])}
     return Summary(**values)
 
 

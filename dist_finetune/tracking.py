@@ -6,7 +6,7 @@ import os
 import secrets
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dist_finetune.errors import UserError
 from dist_finetune.spec import TrackSpec
@@ -43,7 +43,9 @@ class WandbRun:
         thread.start()
         thread.join(FINISH_TIMEOUT_S)
         if thread.is_alive():
-            logger.warning("W&B: not finished after %s s; upload the rest with: wandb sync %s", FINISH_TIMEOUT_S, self._run.dir)
+            logger.warning(
+                "W&B: not finished after %s s; upload the rest with: wandb sync %s", FINISH_TIMEOUT_S, self._run.dir
+            )
 
 
 def start_wandb(track: TrackSpec, folder: Path, name: str, config: dict[str, Any]) -> WandbRun | None:
@@ -59,12 +61,13 @@ def start_wandb(track: TrackSpec, folder: Path, name: str, config: dict[str, Any
     logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
     if track.wandb == "online" and not logged_in:
         raise UserError("track.wandb: online needs a login: run `wandb login`, or set WANDB_API_KEY; or use offline")
-    asked = os.environ.get("WANDB_MODE") if track.wandb == "auto" else track.wandb
-    mode = asked or ("online" if logged_in else "offline")
+    mode: Literal["online", "offline"] = "online" if logged_in else "offline"
+    if track.wandb == "offline" or (track.wandb == "auto" and os.environ.get("WANDB_MODE") == "offline"):
+        mode = "offline"
     saved = folder / ID_FILE
     run_id = json.loads(saved.read_text())["id"] if saved.exists() else secrets.token_hex(4)
     saved.write_text(json.dumps({"id": run_id}))
-    common = {
+    common: dict[str, Any] = {
         "project": track.project,
         "entity": track.entity,
         "name": name,

@@ -17,7 +17,7 @@ from dist_finetune.freeze import train_mode
 from dist_finetune.job import Job, Progress
 from dist_finetune.optim import lr_factor, set_lr
 from dist_finetune.phases import PhasePlan
-from dist_finetune.stopping import StopWish, Stopped
+from dist_finetune.stopping import Stopped, StopWish
 from dist_finetune.world import sum_over_ranks
 
 IGNORED_LABEL = -100  # rows of filler micro-batches carry it, so that they add nothing to loss or gradient
@@ -33,7 +33,9 @@ class StepLog:
     started_s: float = field(default_factory=time.perf_counter)
 
 
-def fit(job: Job, engine: Engine, phase: PhasePlan, progress: Progress, saver: Saver, stop: StopWish) -> Evaluation | None:
+def fit(
+    job: Job, engine: Engine, phase: PhasePlan, progress: Progress, saver: Saver, stop: StopWish
+) -> Evaluation | None:
     """Trains `phase` from `progress.step` to its end; returns the last evaluation, None where none was due any more.
 
     Evaluates at the end of each epoch and of the phase, saves as the config says, and keeps `progress` current. Raises
@@ -103,8 +105,8 @@ def _train_step(
 ) -> None:
     """One optimizer step: all micro-batches, one reduction, one update.
 
-    The loss of each micro-batch is a sum over its rows divided by the global batch's real count, so that partial windows
-    and uneven shares weigh every sample the same; times world size, because engines average gradients over ranks.
+    The loss of each micro-batch is a sum over its rows divided by the global batch's real count, so that partial
+    windows and uneven shares weigh every sample the same; times world size, because engines average over ranks.
     """
     world = job.world
     torch.manual_seed(_seed_of(job.plan.spec.train.seed, step.step, world.rank))
@@ -142,8 +144,8 @@ def _flush(log: StepLog, job: Job, progress: Progress) -> None:
     for (step, lr), loss, norm in zip(log.steps, losses, norms, strict=True):
         if not all_finite([loss, norm]):
             raise TrainingError(
-                f"step {step.step + 1}: train/loss is {loss}, train/grad_norm is {norm}. Lower train.lr (now {lr:.3g}), "
-                "raise train.warmup, or use train.precision=fp32"
+                f"step {step.step + 1}: train/loss is {loss}, train/grad_norm is {norm}. Lower train.lr "
+                f"(now {lr:.3g}), raise train.warmup, or use train.precision=fp32"
             )
         job.report.log(
             step.step + 1,

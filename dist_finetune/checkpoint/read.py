@@ -78,7 +78,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for file in sorted(folder.glob("rank-*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 (not a mapping)
-                label, at, offset = key.rpartition("@") if key.partition(":")[0] not in WHOLE else (key, "", "0")
+                label, _, offset = key.rpartition("@") if key.partition(":")[0] not in WHOLE else (key, "", "0")
                 pieces.setdefault(label, []).append((int(offset), file, key))
     return Checkpoint(folder, state, {label: tuple(sorted(found)) for label, found in pieces.items()})
 

@@ -36,7 +36,9 @@ def _verify(folders: list[Path]) -> tuple[list[str], bool]:
         newest = newest or folder
         state = open_checkpoint(folder).state
         size = sum(p.stat().st_size for p in folder.iterdir())
-        lines.append(f"{folder.name}: ok, {size / 2**20:,.1f} MiB, saved by {state['world_size']} x {state['strategy']}")
+        lines.append(
+            f"{folder.name}: ok, {size / 2**20:,.1f} MiB, saved by {state['world_size']} x {state['strategy']}"
+        )
     if newest:
         lines.append(f"resuming would go on from {newest.name}")
     return lines, newest is not None

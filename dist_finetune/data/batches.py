@@ -66,7 +66,8 @@ def deal(batch: Ids, rank: int, world_size: int, micro_batch_size: int) -> tuple
     Every rank gets the same number of micro-batches, as collectives need; where rows run out, a filler that repeats the
     batch's first row and must not count.
     """
-    num_micro = -(-(-(-len(batch) // world_size)) // micro_batch_size)
+    largest_share = -(-len(batch) // world_size)
+    num_micro = -(-largest_share // micro_batch_size)
     share = batch[rank::world_size]
     pieces = [share[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(num_micro)]
     return tuple(MicroBatch(p, False) if len(p) else MicroBatch(batch[:1], True) for p in pieces)
@@ -101,7 +102,7 @@ def training_steps(
 def evaluation_batches(
     num_rows: int, batch_size: int, rank: int, world_size: int, lengths: NDArray[np.int32] | None = None
 ) -> list[MicroBatch]:
-    """This rank's evaluation batches: every row on exactly one rank, the same number of batches on each (fillers last)."""
+    """This rank's evaluation batches: every row on exactly one rank, as many batches on each (fillers last)."""
     order = np.arange(num_rows) if lengths is None else np.argsort(-lengths, kind="stable")
     batches = [order[i : i + batch_size] for i in range(0, num_rows, batch_size)]
     mine = [MicroBatch(b, False) for b in batches[rank::world_size]]

@@ -24,8 +24,8 @@ class Held:
 
 @dataclass(frozen=True)
 class Fragment:
-    """The part of one trainable parameter that this rank updates: live one-dimensional views, `offset` elements into the
-    flattened parameter. Writing into them changes the engine's state."""
+    """The part of one trainable parameter that this rank updates: live one-dimensional views, `offset` elements into
+    the flattened parameter. Writing into them changes the engine's state."""
 
     name: str
     offset: int

@@ -1,7 +1,7 @@
 """Makes an engine and checks it: freezing and the optimizer come first, sharding last.
 
-`shard` refuses an optimizer that isn't exactly the plan's trainable set, and after preparing it counts what the optimizer
-and gradient partitions of all ranks really hold.
+`shard` refuses an optimizer that isn't exactly the plan's trainable set, and after preparing it counts what the
+optimizer and gradient partitions of all ranks really hold.
 """
 
 import logging
@@ -60,8 +60,8 @@ def open_accelerator(plan: Plan, phase: PhasePlan, world: World) -> Any:
     for name, size in seen.items():
         if size != world.world_size:
             raise UserError(
-                f"{name} sees {size} processes, torch.distributed {world.world_size}: {world.launcher} and the environment "
-                "disagree; start one launcher only and remove ACCELERATE_* variables"
+                f"{name} sees {size} processes, torch.distributed {world.world_size}: {world.launcher} and the "
+                "environment disagree; start one launcher only and remove ACCELERATE_* variables"
             )
     return accelerator
 
@@ -71,8 +71,8 @@ def shard(
 ) -> Engine:
     """The engine of the plan's strategy around a frozen model and the optimizer of its trainable parameters.
 
-    Raises TrainingError where the optimizer is not exactly the plan's trainable set, or what the engine holds afterwards
-    is not the plan's trainable elements plus the engine's own padding.
+    Raises TrainingError where the optimizer is not exactly the plan's trainable set, or what the engine holds
+    afterwards is not the plan's trainable elements plus the engine's own padding.
     """
     check_frozen_flags(model, phase.manifest)
     _check_optimizer(model, optimizer, phase.manifest)
