@@ -29,8 +29,7 @@ def open_accelerator(plan: Plan, phase: PhasePlan, world: World) -> Any:
     Raises UserError where Accelerate or DeepSpeed see another world than torch.distributed does (issues of the kind
     accelerate#1795: N independent trainings).
     """
-    for name in scrubbed(os.environ):
-        del os.environ[name]
+    _scrub_environment()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -57,6 +56,7 @@ def open_accelerator(plan: Plan, phase: PhasePlan, world: World) -> Any:
                 kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
             )
             seen = {"Accelerate": accelerator.num_processes, "DeepSpeed": deepspeed.comm.get_world_size()}
+        _scrub_environment()  # the plugin leaves its own, which a next run in this process would take for a launcher's
     for name, size in seen.items():
         if size != world.world_size:
             raise UserError(
@@ -64,6 +64,11 @@ def open_accelerator(plan: Plan, phase: PhasePlan, world: World) -> Any:
                 "environment disagree; start one launcher only and remove ACCELERATE_* variables"
             )
     return accelerator
+
+
+def _scrub_environment() -> None:
+    for name in scrubbed(os.environ):
+        del os.environ[name]
 
 
 def shard(
