@@ -18,6 +18,7 @@ SAVE_BYTES_PER_S = 100e6
 BEFORE_SAVE_S = 60
 # SLURM takes a time limit's last seconds for itself; before them the job asks to be queued again, saved or not.
 RESERVE_S = 15
+LAST_WORDS_S = 90
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
 USAGE = "usage: sbatch {file} CONFIG [key=value ...]"
 
@@ -192,6 +193,7 @@ def _body(job: SlurmJob) -> str:
         "CPUS": str(_cpus_per_task(job)),
         "MAX_ATTEMPTS": str(job.site.max_requeues + 1),
         "GIVE_UP": str(max(1, job.grace_s - RESERVE_S)),
+        "LAST_WORDS": str(LAST_WORDS_S),
         "FIRST_PORT": str(FIRST_PORT),
         "NUM_PORTS": str(NUM_PORTS),
         "CONTAINER": "".join(f" {flag}" for flag in container),
@@ -238,11 +240,21 @@ on_sigterm() {
 trap on_time_limit USR1
 trap on_sigterm TERM
 
-# One launcher a node. Its rank is read on the node: here $SLURM_NODEID is always 0.
+# One launcher a node. Its rank is read there: in this shell $SLURM_NODEID is always 0.
+# Told to stop, the first node ends first, which ends the others: rank 0 still has its logs and trackers to close.
+node='
+stopped=
+trap "stopped=1" USR1 TERM
+"$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"
+code=$?
+[ -z "$stopped" ] || [ "$code" -eq 0 ] || code=75
+[ "$code" -ne 75 ] || [ "$SLURM_NODEID" -eq 0 ] || sleep @LAST_WORDS@
+exit "$code"'
+
 # A rank that fails ends the job on all nodes, rather than holding them until the time limit.
 srun --nodes=@NUM_NODES@ --ntasks=@NUM_NODES@ --ntasks-per-node=1 --cpus-per-task=@CPUS@ \
     --kill-on-bad-exit=1 --input=none@CONTAINER@ \
-    bash -c 'exec "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"' "$python" \
+    bash -c "$node" "$python" \
     --nnodes=@NUM_NODES@ --nproc-per-node=@PROCESSES@ --master-addr="$first_host" --master-port="$port" \
     -m dist_finetune train "$config"@OVERRIDES@ &
 step=$!
@@ -260,8 +272,8 @@ elif [ "$stopped" = "time limit" ] && [ "$attempt" -lt "$max_attempts" ]; then
     say "stopped at the time limit; queued again to go on from the newest checkpoint"
     trap '' TERM
     scontrol requeue "$SLURM_JOB_ID"
-elif [ -n "$stopped" ]; then
-    say "stopped by $stopped, exit code $code; submit it again to go on from the newest checkpoint"
+elif [ -n "$stopped" ] || [ "$code" -eq 75 ]; then
+    say "stopped by ${stopped:-a signal}; submit it again to go on from the newest checkpoint"
 else
     say "failed, exit code $code; the message is above"
 fi

@@ -1,0 +1,215 @@
+"""What `doctor` can see on one machine: versions, GPUs, disks, the hub and the W&B login. Nothing is downloaded."""
+
+import importlib.metadata
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlparse
+
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from dist_finetune.launchers.local import count_gpus
+from dist_finetune.plan import Plan
+from dist_finetune.spec import Spec
+
+HUB_TIMEOUT_S = 3.0
+ADAM_BYTES = 12  # a trainable parameter in a checkpoint: its weight and two moments in fp32
+SHM_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer: its state, what it is about, what was found, and what to do about it."""
+
+    state: Literal["ok", "warn", "fail"]
+    about: str
+    text: str
+    todo: str = ""
+
+
+def local_findings(spec: Spec | None, plan: Plan | None, local_world_size: int) -> list[Finding]:
+    """Everything that one machine shows by itself."""
+    return [
+        *version_findings(),
+        *gpu_findings(local_world_size),
+        disk_finding(spec, plan),
+        hub_finding(),
+        wandb_finding(spec),
+    ]
+
+
+def version_findings() -> list[Finding]:
+    """Installed versions against what this package needs, and pairs of packages that don't work together."""
+    needed = [Requirement(text) for text in importlib.metadata.requires("dist-finetune") or ()]
+    needed = [r for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    findings = []
+    for requirement in needed:
+        version = _version(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            there = f"{requirement.name} {version}" if version else f"{requirement.name} is not installed"
+            findings.append(
+                Finding("fail", "versions", f"{there}, needs {requirement}", f'pip install "{requirement}"')
+            )
+    findings += _pairs()
+    shown = ", ".join(f"{p} {_version(p)}" for p in ("torch", "accelerate", "deepspeed", "transformers", "timm"))
+    return findings or [Finding("ok", "versions", shown)]
+
+
+def _pairs() -> list[Finding]:
+    """Packages built for one version of another: torchvision names its torch, and so does a driver its CUDA."""
+    findings = []
+    torch_version = Version(torch.__version__)
+    for text in importlib.metadata.requires("torchvision") or ():
+        requirement = Requirement(text)
+        if requirement.name == "torch" and not requirement.specifier.contains(
+            torch_version.base_version, prereleases=True
+        ):
+            findings.append(
+                Finding(
+                    "fail",
+                    "versions",
+                    f"torchvision {_version('torchvision')} is built for {requirement}, but torch is {torch_version}",
+                    f'pip install "{requirement}" torchvision, both in one command',
+                )
+            )
+    if not hasattr(_torchrun_parser().parse_args(["script"]), "signals_to_handle"):
+        findings.append(
+            Finding(
+                "warn",
+                "versions",
+                f"torchrun of torch {torch_version} dies of SIGUSR1, by which SLURM warns of the time limit",
+                "use a torch whose `torchrun --help` knows --signals-to-handle, or start one srun task for each GPU",
+            )
+        )
+    return findings
+
+
+def _torchrun_parser():  # type: ignore[no-untyped-def]  # torch leaves it untyped
+    from torch.distributed.run import get_args_parser
+
+    return get_args_parser()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def gpu_findings(local_world_size: int) -> list[Finding]:
+    """GPUs that torch can use, against those that the machine has and those that this job's processes need."""
+    present, visible = count_gpus(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if present and not visible:
+        build = torch.version.cuda or "the CPU"
+        return [
+            Finding(
+                "fail",
+                "GPUs",
+                f"{present} are there, but torch {torch.__version__} (built for {build}) can use none",
+                "install a torch build for this driver's CUDA (`nvidia-smi` shows it)",
+            )
+        ]
+    if not visible:
+        return [Finding("ok", "GPUs", f"none; training runs on {os.cpu_count()} CPU cores")]
+    names = sorted({torch.cuda.get_device_name(i) for i in range(visible)})
+    memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(visible)) / 2**30
+    text = f"{visible} x {' and '.join(names)}, {memory:.0f} GiB"
+    findings = [Finding("ok", "GPUs", text)]
+    if local_world_size < visible:
+        findings = [
+            Finding(
+                "warn",
+                "GPUs",
+                f"{text}; {local_world_size} processes on this machine use as many",
+                f"start {visible} processes a machine, or hide the others with CUDA_VISIBLE_DEVICES",
+            )
+        ]
+    shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else None
+    if shm is not None and shm < SHM_BYTES:
+        findings.append(
+            Finding(
+                "warn",
+                "shared memory",
+                f"/dev/shm has {shm / 2**20:.0f} MiB; data loader processes and NCCL hand data over through it",
+                "start the container with --shm-size=8g (Docker) or --ipc=host, or data.num_workers=0",
+            )
+        )
+    return findings
+
+
+def disk_finding(spec: Spec | None, plan: Plan | None) -> Finding:
+    """Free space for the run folder against what the plan will write."""
+    place = Path(spec.output if spec else ".").absolute()
+    place = next(p for p in (place, *place.parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if spec is None or plan is None:
+        return Finding("ok", "disk", f"{_gib(free)} free at {place}")
+    manifest = plan.widest.manifest
+    checkpoint = manifest.num_trainable * ADAM_BYTES
+    # A new checkpoint is complete before an old one goes; the exported model comes on top.
+    needed = checkpoint * (spec.checkpoint.keep + 1) + (manifest.num_trainable + manifest.num_frozen) * 4
+    text = f"{_gib(free)} free at {place}, {_gib(needed)} needed ({spec.checkpoint.keep} checkpoints and the model)"
+    if free < needed:
+        return Finding("fail", "disk", text, "choose another output=..., a smaller checkpoint.keep, or free some space")
+    return Finding("ok", "disk", text)
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def hub_finding() -> Finding:
+    """Whether models and data can come from the hub, or only from the cache."""
+    if any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in ("HF_HUB_OFFLINE",)):
+        return Finding("ok", "hub", "offline (HF_HUB_OFFLINE): models and data come from the cache only")
+    endpoint = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
+    address = urlparse(proxy) if proxy else endpoint
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=HUB_TIMEOUT_S).close()
+    except OSError as error:
+        return Finding(
+            "warn",
+            "hub",
+            f"{endpoint.hostname} can't be reached from here ({error.strerror or error})",
+            "fetch model and data where there is internet (`dist-finetune prepare`), then set HF_HUB_OFFLINE=1 so that "
+            "nothing waits for it",
+        )
+    return Finding("ok", "hub", f"{endpoint.hostname} can be reached")
+
+
+def wandb_finding(spec: Spec | None) -> Finding:
+    """Whether W&B has a login here. The key itself is neither read further nor shown."""
+    wanted = spec.track.wandb if spec else "auto"
+    if wanted == "off":
+        return Finding("ok", "W&B", "off (track.wandb)")
+    mode = os.environ.get("WANDB_MODE")
+    has_login = bool(os.environ.get("WANDB_API_KEY")) or _netrc_login()
+    if wanted == "online" and not has_login:
+        return Finding("fail", "W&B", "track.wandb is online, but there is no login", "run `wandb login` once")
+    if mode in ("offline", "disabled") or wanted == "offline":
+        return Finding("ok", "W&B", f"{mode or 'offline'}; upload later with `wandb sync`")
+    if not has_login:
+        return Finding(
+            "warn", "W&B", "no login, so the run stays offline", "run `wandb login` once, or track.wandb=offline"
+        )
+    return Finding("ok", "W&B", "logged in")
+
+
+def _netrc_login() -> bool:
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    for name in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
+        path = Path(name).expanduser()
+        try:
+            if path.exists() and netrc(path).authenticators(host):
+                return True
+        except (NetrcParseError, OSError):
+            continue
+    return False
