@@ -2,18 +2,16 @@
 
 import dataclasses
 import json
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dist_finetune.evaluate import Evaluation
 from dist_finetune.job import Job, Progress
 from dist_finetune.models.card import Provenance
+from dist_finetune.peak_memory import peak_memory_gib
 from dist_finetune.phases import PhasePlan
 from dist_finetune.proof import FrozenProof
 from dist_finetune.run_folder import environment, read_summary, write_json
@@ -136,10 +134,3 @@ def load_summary(folder: Path) -> Summary:
     values = {field.name: saved[field.name] for field in dataclasses.fields(Summary)}
     values |= {"folder": folder, "frozen_verified": tuple(saved["frozen_verified"]), "phases": tuple(saved["phases"])}
     return Summary(**values)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory that this rank held so far: allocated on its GPU, or resident in its process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -16,6 +16,7 @@ from dist_finetune.evaluate import Evaluation, all_finite, evaluate, is_better, 
 from dist_finetune.freeze import train_mode
 from dist_finetune.job import Job, Progress
 from dist_finetune.optim import lr_factor, set_lr
+from dist_finetune.peak_memory import peak_memory_gib
 from dist_finetune.phases import PhasePlan
 from dist_finetune.stopping import Stopped, StopWish
 from dist_finetune.world import sum_over_ranks
@@ -141,6 +142,8 @@ def _flush(log: StepLog, job: Job, progress: Progress) -> None:
     elapsed = time.perf_counter() - log.started_s
     progress.train_s += elapsed
     samples = sum(step.num_samples for step, _ in log.steps)
+    num_trainable = job.plan.phases[progress.phase].manifest.num_trainable
+    peak_gib = round(peak_memory_gib(job.world.device), 4)
     for (step, lr), loss, norm in zip(log.steps, losses, norms, strict=True):
         if not all_finite([loss, norm]):
             raise TrainingError(
@@ -157,6 +160,8 @@ def _flush(log: StepLog, job: Job, progress: Progress) -> None:
                 "perf/step_s": elapsed / len(log.steps),
                 "progress/epoch": (step.step + 1) / job.plan.batches.steps_per_epoch,
                 "progress/samples": _samples_after(step.step + 1, job),
+                "params/trainable": num_trainable,
+                "mem/peak_gib": peak_gib,
             },
         )
     log.losses.clear()
