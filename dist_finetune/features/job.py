@@ -1,0 +1,170 @@
+"""What the stages of a feature run share, made from a spec: plan, model, depths, rows and the store they go to."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dist_finetune.data.encode import encode_splits
+from dist_finetune.data.loading import Rows
+from dist_finetune.data.tables import Tables
+from dist_finetune.data.text import TextRows
+from dist_finetune.errors import UserError
+from dist_finetune.features.depths import Capture, Depth, find_depths
+from dist_finetune.features.extract import extract_split
+from dist_finetune.features.store import FeatureKey, Store, key_value
+from dist_finetune.models.card import Provenance
+from dist_finetune.models.sources import load_tokenizer
+from dist_finetune.plan import Plan, local_topology, plan_run
+from dist_finetune.report import PLAIN_LINE_EVERY_S, Reporter
+from dist_finetune.spec import FreezeSpec, Spec, TrainSpec
+from dist_finetune.stage import load_base
+from dist_finetune.world import World, gather_objects, on_first, require_same, together
+
+BATCH_SIZE = {"cpu": 32, "cuda": 128}
+
+
+@dataclass(frozen=True)
+class FeatureJob:
+    """A feature run on this rank. The model is in eval mode, on the rank's device, whole."""
+
+    plan: Plan
+    world: World
+    report: Reporter
+    folder: Path
+    splits: dict[str, Rows]
+    tokenizer: PreTrainedTokenizerBase | None
+    model: nn.Module
+    provenance: Provenance
+    depths: tuple[Depth, ...]
+    store: Store
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.plan.data.classes)
+
+
+@dataclass(frozen=True)
+class ExtractionCost:
+    """Rows that all ranks computed (those found on disk left out) and the seconds of the slowest rank."""
+
+    num_rows: int
+    seconds: float
+
+    @property
+    def samples_per_s(self) -> float:
+        return self.num_rows / self.seconds if self.seconds else 0.0
+
+
+def refuse_idle_settings(spec: Spec) -> None:
+    """Raises UserError where a config with `task: features` sets what plays no part in it."""
+    idle = {
+        "freeze": not spec.freeze.is_none(),
+        "phases": bool(spec.phases),
+        "strategy": spec.strategy is not None,
+        "data.augment": spec.data.augment,
+    }
+    named = [key for key, is_set in idle.items() if is_set]
+    if named:
+        raise UserError(
+            f"task: features trains no layer of the model and takes each row as it is, so {', '.join(named)} would "
+            "have no effect; remove it, or leave out task: features"
+        )
+
+
+def prepare_features(spec: Spec, tables: Tables, folder: Path, world: World, report: Reporter) -> FeatureJob:
+    """Everything that extraction needs; its features go to `folder`/features. Collective."""
+    plan = plan_run(_frozen(spec, world), local_topology(world.local_world_size, world.num_nodes), tables)
+    require_same("the plan", plan.digest(), "Give every rank the same config, data and package versions.")
+    tokenizer = together(lambda: load_tokenizer(plan.card)) if plan.card.modality == "text" else None
+    splits = together(lambda: encode_splits(plan, tables, tokenizer))
+    model, provenance = load_base(plan)
+    model.requires_grad_(False).eval().to(world.device)
+    depths = find_depths(spec.features.at, plan.structure, model)
+    _try_out(model, plan, depths, splits["train"], world)
+    key = _key(spec, plan, provenance, splits, depths)
+    return FeatureJob(
+        plan=plan,
+        world=world,
+        report=report,
+        folder=folder,
+        splits=splits,
+        tokenizer=tokenizer,
+        model=model,
+        provenance=provenance,
+        depths=depths,
+        store=Store(folder / "features" / key.digest, key),
+    )
+
+
+def extract_all(job: FeatureJob) -> ExtractionCost:
+    """Features of all splits at all depths, on disk; what an earlier, interrupted run left is not computed again."""
+    on_first(job.world, job.store.open)
+    started_s = time.perf_counter()
+    num_done, pool = 0, job.plan.spec.features.pool
+    with Capture(job.model, job.plan.structure, job.depths, pool) as capture:
+        for split, rows in job.splits.items():
+            tell = _progress(job.report, split, rows.num_rows, job.world.world_size)
+            autocast = job.plan.precision == "bf16"
+            num_done += extract_split(split, rows, capture, job.store, job.world, autocast, tell)
+    return ExtractionCost(num_done, max(gather_objects(time.perf_counter() - started_s)))
+
+
+def _frozen(spec: Spec, world: World) -> Spec:
+    """The spec of the same model and data with nothing about training in it, which a plan would check for no reason."""
+    train = TrainSpec(
+        seed=spec.train.seed, precision=spec.train.precision, global_batch_size=world.world_size, warmup=0
+    )
+    data = spec.data.model_copy(update={"augment": False})
+    return spec.model_copy(update={"freeze": FreezeSpec(), "phases": (), "train": train, "data": data})
+
+
+def _try_out(model: nn.Module, plan: Plan, depths: tuple[Depth, ...], rows: Rows, world: World) -> None:
+    """Runs two rows, so that a depth or pooling that can't work is told before hours of extraction."""
+
+    def run() -> None:
+        with Capture(model, plan.structure, depths, plan.spec.features.pool) as capture:
+            capture.features(rows.first_batch(), world.device)
+
+    together(run)
+
+
+def _key(
+    spec: Spec, plan: Plan, provenance: Provenance, splits: dict[str, Rows], depths: tuple[Depth, ...]
+) -> FeatureKey:
+    batch_size = spec.train.eval_batch_size
+    return FeatureKey(
+        weights_sha256=provenance.sha256,
+        inputs_sha256=_inputs_sha256(plan, splits),
+        transform=key_value(plan.card.image or plan.data.max_length),
+        depths=tuple(depth.label for depth in depths),
+        pool=spec.features.pool,
+        precision=plan.precision,
+        batch_size=BATCH_SIZE[plan.topology.device] if batch_size == "auto" else batch_size,
+    )
+
+
+def _inputs_sha256(plan: Plan, splits: dict[str, Rows]) -> str:
+    """The data's fingerprint together with the token numbers, which another tokenizer would change."""
+    total = hashlib.sha256(plan.data.fingerprint.encode())
+    for rows in splits.values():
+        if isinstance(rows.dataset, TextRows):
+            total.update(rows.dataset.input_ids.tobytes() + rows.dataset.offsets.tobytes())
+    return total.hexdigest()
+
+
+def _progress(report: Reporter, split: str, num_rows: int, world_size: int) -> Callable[[int], None]:
+    """Says how far extraction is, every few seconds."""
+    last_s = time.monotonic()
+
+    def tell(num_done: int) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s > PLAIN_LINE_EVERY_S:
+            last_s = time.monotonic()
+            report.say(f"{split}: features of about {min(num_rows, num_done * world_size):,} of {num_rows:,} rows")
+
+    return tell
