@@ -217,12 +217,8 @@ def plan(
         typer.echo(json.dumps(planned.to_json(), indent=1))
     else:
         _show(render_plan(planned, params=params))
-    needed, limit = planned.memory[planned.strategy].total, planned.topology.device_memory_bytes
-    if limit is not None and needed > limit:
-        raise PlanError(
-            f"{planned.strategy} needs {needed / 2**30:.1f} GiB a GPU before any activation, and a GPU has "
-            f"{limit / 2**30:.1f} GiB: freeze more, use more GPUs, or shard.strategy: zero3"
-        )
+    if planned.misfit:
+        raise PlanError(planned.misfit)
 
 
 @app.command()

@@ -27,6 +27,33 @@ def deepspeed_settings(
         if spec.shard.deepspeed:
             raise UserError("shard.deepspeed has no effect on strategy ddp; remove it or choose zero1, zero2 or zero3")
         return None
+    settings: dict[str, Any] = {
+        "train_batch_size": batches.global_batch_size,
+        "train_micro_batch_size_per_gpu": batches.micro_batch_size,
+        "gradient_accumulation_steps": batches.gradient_accumulation_steps,
+        "managed_gradient_accumulation": False,  # our loop says when a window ends, so that partial windows are exact
+        "gradient_clipping": spec.train.max_grad_norm or 0.0,  # left out, DeepSpeed under Accelerate would clip at 1.0
+        "steps_per_print": 1_000_000_000,
+        "zero_allow_untested_optimizer": True,
+        "communication_data_type": "fp32",
+        "zero_optimization": _zero_section(strategy, manifest),
+    }
+    if precision == "bf16":
+        # bf16.enabled would cast norms too; autocast keeps parameters and norms in fp32
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return _merge(settings, spec.shard.deepspeed, "shard.deepspeed")
+
+
+def zero_section(spec: Spec, strategy: Strategy, manifest: Manifest) -> dict[str, Any] | None:
+    """The `zero_optimization` section that DeepSpeed would get under `strategy`, with the user's keys; None for ddp."""
+    if strategy == "ddp":
+        return None
+    section = _zero_section(strategy, manifest)
+    extra = {k: v for k, v in spec.shard.deepspeed.get("zero_optimization", {}).items() if k != "stage"}
+    return _merge(section, extra, "shard.deepspeed.zero_optimization")
+
+
+def _zero_section(strategy: Strategy, manifest: Manifest) -> dict[str, Any]:
     sizes = [r.num_elements for r in manifest.records if r.kind == "parameter" and not r.frozen]
     largest = max(r.num_elements for r in manifest.records if r.kind == "parameter")
     bucket = max(max(sizes), min(sum(sizes), BUCKET_ELEMENTS))
@@ -45,26 +72,14 @@ def deepspeed_settings(
         zero |= {
             "stage3_prefetch_bucket_size": max(largest, BUCKET_ELEMENTS // 5),
             "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_max_reuse_distance": 1_000_000_000,
+            # How many weights stay gathered although not in use. With DeepSpeed's 1e9 a model below that is never
+            # released between forward and backward, and nothing is saved.
+            "stage3_max_live_parameters": 2 * BUCKET_ELEMENTS,
+            "stage3_max_reuse_distance": BUCKET_ELEMENTS,
             "sub_group_size": 1_000_000_000,
             "stage3_gather_16bit_weights_on_model_save": False,
         }
-    settings: dict[str, Any] = {
-        "train_batch_size": batches.global_batch_size,
-        "train_micro_batch_size_per_gpu": batches.micro_batch_size,
-        "gradient_accumulation_steps": batches.gradient_accumulation_steps,
-        "managed_gradient_accumulation": False,  # our loop says when a window ends, so that partial windows are exact
-        "gradient_clipping": spec.train.max_grad_norm or 0.0,  # left out, DeepSpeed under Accelerate would clip at 1.0
-        "steps_per_print": 1_000_000_000,
-        "zero_allow_untested_optimizer": True,
-        "communication_data_type": "fp32",
-        "zero_optimization": zero,
-    }
-    if precision == "bf16":
-        # bf16.enabled would cast norms too; autocast keeps parameters and norms in fp32
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    return _merge(settings, spec.shard.deepspeed, "shard.deepspeed")
+    return zero
 
 
 def _merge(settings: dict[str, Any], extra: dict[str, Any], where: str) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from typing import Any, Literal
 import torch
 
 from dist_finetune.data.tables import Tables, read_tables
-from dist_finetune.deepspeed_settings import deepspeed_settings
+from dist_finetune.deepspeed_settings import deepspeed_settings, zero_section
 from dist_finetune.errors import UserError
 from dist_finetune.freeze import Manifest
-from dist_finetune.memory import StateBytes, state_bytes
+from dist_finetune.memory.activations import fake_inputs
+from dist_finetune.memory.choice import USABLE_SHARE, Limits, RankMemory, choose_strategy
+from dist_finetune.memory.costs import Costs, plan_costs
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.sources import build_model, describe_model
 from dist_finetune.models.structure import Structure, structure_of
@@ -23,7 +25,6 @@ from dist_finetune.phases import PhasePlan, plan_phases
 from dist_finetune.spec import Spec, Strategy
 
 MAX_TOKENS = 512  # default limit of max_length: what BERT's positions allow
-AUTO_MICRO_BATCH = {"cpu": 32, "cuda": 64}
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3")
 
 
@@ -81,9 +82,35 @@ class Plan:
     precision: Literal["fp32", "bf16"]
     strategy: Strategy
     strategy_reason: str
-    memory: dict[Strategy, StateBytes]
+    costs: Costs
     deepspeed: tuple[dict[str, Any] | None, ...]
     """The config of each phase's engine; None for a strategy without DeepSpeed."""
+
+    @property
+    def memory(self) -> dict[Strategy, RankMemory]:
+        """What a rank needs under each strategy."""
+        return self.costs.memory
+
+    @property
+    def misfit(self) -> str | None:
+        """Why the run would not fit into a GPU and what to do; None where it fits or no limit is known."""
+        mine, limit = self.memory[self.strategy], self.topology.device_memory_bytes
+        if limit is None or mine.fits is not False:
+            return None
+        least = min(self.memory, key=lambda strategy: self.memory[strategy].needed)
+        ways = ["freeze more"]
+        if mine.micro_batch_size > 1:
+            ways.append("a smaller train.micro_batch_size")
+        if least != self.strategy:
+            ways.append(f"shard.strategy: {least} ({self.memory[least].needed / 2**30:.1f} GiB)")
+        if self.topology.world_size > 1 and self.strategy == least:
+            ways.append("more GPUs")
+        return (
+            f"{self.strategy} needs {mine.needed / 2**30:.1f} GiB a GPU"
+            + (f" at {mine.micro_batch_size} rows" if mine.peak is not None else " before any activation")
+            + f", and of a GPU's {limit / 2**30:.1f} GiB {USABLE_SHARE * limit / 2**30:.1f} are usable: "
+            + ", or ".join(ways)
+        )
 
     @property
     def widest(self) -> PhasePlan:
@@ -99,6 +126,8 @@ class Plan:
         """The plan as JSON values, without the tensor-by-tensor manifests, which freeze.json holds."""
         out: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "structure"}
         out["spec"] = self.spec.model_dump(mode="json", by_alias=True)
+        out["memory"] = self.memory
+        out["costs"] = {f.name: getattr(self.costs, f.name) for f in dataclasses.fields(Costs) if f.name != "memory"}
         out["total_steps"] = self.total_steps
         out["parts"] = [
             {"part": p.label, "modules": p.modules, "num_params": p.num_params} for p in self.structure.parts
@@ -125,7 +154,7 @@ def make_plan(spec: Spec, topology: Topology | None = None) -> Plan:
 
     Raises UserError for anything wrong with the user's input.
     """
-    return plan_run(spec, topology or local_topology(), read_tables(spec.data, spec.train.seed))
+    return plan_run(spec, topology or local_topology(), read_tables(spec.data, spec.train.seed), measure=True)
 
 
 def local_topology(processes: int = 1, num_nodes: int = 1) -> Topology:
@@ -136,21 +165,36 @@ def local_topology(processes: int = 1, num_nodes: int = 1) -> Topology:
     return Topology(num_nodes, processes, "cuda", memory, torch.cuda.is_bf16_supported())
 
 
-def plan_run(spec: Spec, topology: Topology, tables: Tables) -> Plan:
-    """As `make_plan`, for data that is already read."""
+def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | None = None) -> Plan:
+    """As `make_plan`, for data that is already read. `measure` says whether to run the model on fake tensors, for
+    activations and a forecast; left out, only where they decide something: on a device whose memory is known."""
+    measure = topology.device_memory_bytes is not None if measure is None else measure
     card = describe_model(spec.model, spec.data.image_size)
     data = _plan_data(spec, topology, tables, card)
     with torch.device("meta"):
         model = build_model(card, spec.model, data.classes)
     structure = structure_of(model)
-    batches = _plan_batches(spec, topology, data)
-    phases = plan_phases(spec, structure, model, batches.steps_per_epoch, card.default_lr)
+    rows_per_rank = _rows_per_rank(spec, topology)
+    phases = plan_phases(spec, structure, model, _steps_per_epoch(spec, data), card.default_lr)
     precision = _plan_precision(spec, topology)
-    widest = max((phase.manifest for phase in phases), key=lambda manifest: manifest.num_trainable)
-    memory = {s: state_bytes(widest, s, topology.world_size) for s in STRATEGIES}
-    strategy, reason = _plan_strategy(spec, topology, memory)
+    limits = Limits(topology.world_size, topology.device, topology.device_memory_bytes, rows_per_rank)
+    widest = max(phases, key=lambda phase: phase.manifest.num_trainable)
+    costs = plan_costs(
+        model,
+        structure,
+        widest,
+        {strategy: zero_section(spec, strategy, widest.manifest) for strategy in STRATEGIES},
+        limits,
+        spec.train.micro_batch_size,
+        precision == "bf16",
+        fake_inputs(card, data.max_length, data.image_size) if measure else None,
+        topology.processes_per_node,
+        spec.checkpoint.full,
+    )
+    strategy, reason = choose_strategy(spec.shard.strategy, costs.memory, limits)
+    batches = _plan_batches(spec, data, rows_per_rank, costs.memory[strategy].micro_batch_size)
     deepspeed = tuple(deepspeed_settings(spec, strategy, batches, precision, phase.manifest) for phase in phases)
-    return Plan(spec, topology, card, data, structure, phases, batches, precision, strategy, reason, memory, deepspeed)
+    return Plan(spec, topology, card, data, structure, phases, batches, precision, strategy, reason, costs, deepspeed)
 
 
 def _plan_data(spec: Spec, topology: Topology, tables: Tables, card: ModelCard) -> DataPlan:
@@ -182,7 +226,8 @@ def _plan_data(spec: Spec, topology: Topology, tables: Tables, card: ModelCard) 
     )
 
 
-def _plan_batches(spec: Spec, topology: Topology, data: DataPlan) -> BatchPlan:
+def _rows_per_rank(spec: Spec, topology: Topology) -> int:
+    """Rows of a global batch that each rank takes, with the micro-batch checked against them where the user set it."""
     train, world_size = spec.train, topology.world_size
     if train.global_batch_size % world_size:
         below = train.global_batch_size // world_size * world_size
@@ -192,22 +237,24 @@ def _plan_batches(spec: Spec, topology: Topology, data: DataPlan) -> BatchPlan:
             f"use {works}"
         )
     share = train.global_batch_size // world_size
-    divisors = [n for n in range(1, share + 1) if share % n == 0]
-    if train.micro_batch_size == "auto":
-        micro = max(n for n in divisors if n <= AUTO_MICRO_BATCH[topology.device])
-    elif train.micro_batch_size in divisors:
-        micro = train.micro_batch_size
-    else:
-        works = ", ".join(map(str, divisors))
+    if train.micro_batch_size != "auto" and share % train.micro_batch_size:
+        works = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
         raise UserError(
             f"train.micro_batch_size: {train.micro_batch_size} does not divide the {share} samples that each of "
             f"{world_size} processes takes a step (global_batch_size {train.global_batch_size}); use one of {works}"
         )
-    num_rows = data.num_rows["train"]
-    steps_per_epoch = -(-num_rows // train.global_batch_size)
+    return share
+
+
+def _steps_per_epoch(spec: Spec, data: DataPlan) -> int:
+    return -(-data.num_rows["train"] // spec.train.global_batch_size)
+
+
+def _plan_batches(spec: Spec, data: DataPlan, rows_per_rank: int, micro: int) -> BatchPlan:
+    train, steps_per_epoch = spec.train, _steps_per_epoch(spec, data)
     eval_batch = max(64, 2 * micro) if train.eval_batch_size == "auto" else train.eval_batch_size
-    last = num_rows - (steps_per_epoch - 1) * train.global_batch_size
-    return BatchPlan(train.global_batch_size, micro, share // micro, eval_batch, steps_per_epoch, last)
+    last = data.num_rows["train"] - (steps_per_epoch - 1) * train.global_batch_size
+    return BatchPlan(train.global_batch_size, micro, rows_per_rank // micro, eval_batch, steps_per_epoch, last)
 
 
 def _plan_precision(spec: Spec, topology: Topology) -> Literal["fp32", "bf16"]:
@@ -217,20 +264,3 @@ def _plan_precision(spec: Spec, topology: Topology) -> Literal["fp32", "bf16"]:
     if wanted == "bf16" and not topology.supports_bf16:
         raise UserError("train.precision: this GPU has no bf16; use fp32")
     return wanted
-
-
-def _plan_strategy(spec: Spec, topology: Topology, memory: dict[Strategy, StateBytes]) -> tuple[Strategy, str]:
-    """ddp moves the fewest bytes a step, then zero1, zero2, zero3: the first whose state fits is the cheapest."""
-    if spec.shard.strategy != "auto":
-        return spec.shard.strategy, "asked for"
-    limit = topology.device_memory_bytes
-    if limit is None or topology.world_size == 1:
-        return (
-            "ddp",
-            "the cheapest; no memory limit is known" if limit is None else "one process has nobody to share with",
-        )
-    budget = 0.7 * limit  # the rest is for activations and the allocator
-    for strategy in STRATEGIES:
-        if memory[strategy].total <= budget:
-            return strategy, f"the cheapest whose state ({memory[strategy].total / 2**30:.1f} GiB a rank) fits"
-    return "zero3", "no strategy's state fits comfortably; zero3 needs the least"

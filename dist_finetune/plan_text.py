@@ -11,7 +11,7 @@ from dist_finetune.plan import Plan
 def render_plan(plan: Plan, params: bool = False) -> RenderableType:
     """The whole plan as rich tables; `params` adds a line for each tensor."""
     blocks: list[RenderableType] = [_freeze_table(plan, phase) for phase in plan.phases]
-    blocks += [Text(plan_lines(plan)), _memory_table(plan)]
+    blocks += [Text(plan_lines(plan)), _memory_table(plan), Text("\n".join(cost_lines(plan)))]
     notes = plan_notes(plan)
     if notes:
         blocks.append(Text("\n".join(f"note: {note}" for note in notes), style="yellow"))
@@ -43,7 +43,9 @@ def plan_lines(plan: Plan) -> str:
 def plan_notes(plan: Plan) -> list[str]:
     """What is allowed, but the user may not have meant; each once."""
     many = len(plan.phases) > 1
-    return list(dict.fromkeys((f"{p.name}: " if many else "") + note.message for p in plan.phases for note in p.notes))
+    notes = [(f"{p.name}: " if many else "") + note.message for p in plan.phases for note in p.notes]
+    replicated = replication_note(plan)
+    return list(dict.fromkeys([*notes, replicated] if replicated else notes))
 
 
 def _phase_line(plan: Plan, phase: PhasePlan) -> str:
@@ -81,15 +83,66 @@ def _freeze_table(plan: Plan, phase: PhasePlan) -> Table:
 
 
 def _memory_table(plan: Plan) -> Table:
-    table = Table(title="training state a rank, MiB (activations come on top)", title_justify="left")
-    table.add_column("strategy")
-    columns = ("trainable_weights", "frozen_weights", "gradients", "optimizer", "masters", "buffers", "total")
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    for strategy, state in plan.memory.items():
-        cells = (f"{getattr(state, column) / 2**20:,.1f}" for column in columns)
-        table.add_row(strategy, *cells, style="bold" if strategy == plan.strategy else None)
+    """A column for each strategy, a line for each kind of bytes on the rank that holds most."""
+    device = "GPU" if plan.topology.device == "cuda" else "process"
+    table = Table(title=f"memory a {device}, MiB", title_justify="left")
+    table.add_column("")
+    for strategy in plan.memory:
+        table.add_column(strategy, justify="right", style="bold" if strategy == plan.strategy else None)
+    found = list(plan.memory.values())
+    for name in ("trainable_weights", "frozen_weights", "gradients", "optimizer", "masters", "buffers"):
+        table.add_row(name.replace("_", " "), *(_mib(getattr(m.state, name)) for m in found))
+    table.add_row("state", *(_mib(m.total) for m in found), end_section=True, style="bold")
+    table.add_row("buckets, gathered", *(_mib(m.state.communication) for m in found))
+    table.add_row("copies in update", *(_mib(m.state.update) for m in found))
+    if any(m.activations is not None for m in found):
+        sizes = {m.micro_batch_size for m in found}
+        if len(sizes) > 1:
+            table.add_row("micro-batch", *(str(m.micro_batch_size) for m in found))
+        rows = f" of {sizes.pop()} rows" if len(sizes) == 1 else ""
+        table.add_row(f"activations{rows}", *(_mib(m.activations or 0) for m in found))
+        table.add_row("peak", *(_mib(m.needed) for m in found), style="bold")
+    if plan.topology.device_memory_bytes is not None:
+        table.add_row("fits", *("yes" if m.fits else "no" for m in found))
+    table.add_row("sent a step", *(_mib(m.traffic) for m in found))
     return table
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f}"
+
+
+def cost_lines(plan: Plan) -> list[str]:
+    """What a run takes besides GPU memory, and what its freeze gains."""
+    costs = plan.costs
+    lines = [
+        f"checkpoint {_mib(costs.checkpoint_bytes)} MiB on disk; at load {_mib(costs.host_bytes_per_node)} MiB of host "
+        "memory a node"
+    ]
+    gain = costs.forecast
+    if gain and gain.speedup > 1:
+        lines.append(
+            f"forecast   {gain.speedup:.2f}x the unfrozen speed, counted in operations; {gain.speedup_cached:.2f}x "
+            f"with the frozen prefix cached, which is {gain.frozen_prefix_share:.0%} of the forward pass"
+        )
+    if costs.activations_unknown:
+        lines.append(f"activations unknown: the model can't be run without data ({costs.activations_unknown})")
+    return lines
+
+
+def replication_note(plan: Plan) -> str | None:
+    """What ddp, zero1 and zero2 users of a mostly frozen model may not expect: each rank holds all frozen weights."""
+    mine = plan.memory[plan.strategy].state
+    world_size = plan.topology.world_size
+    if world_size == 1 or mine.frozen_weights < mine.total // 4 or "zero3" not in plan.memory:
+        return None
+    sharded = plan.memory["zero3"].state
+    if mine.frozen_weights <= sharded.frozen_weights:
+        return None
+    return (
+        f"{plan.strategy} keeps all frozen weights on every rank, {_mib(mine.frozen_weights)} of {_mib(mine.total)} "
+        f"MiB of state; zero3 would keep {_mib(sharded.frozen_weights)}, and {_mib(sharded.communication)} in passing"
+    )
 
 
 def _tensor_table(plan: Plan) -> Table:

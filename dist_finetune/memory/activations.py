@@ -1,0 +1,253 @@
+"""What forward and backward keep alive, and what they compute, found by running them on fake tensors.
+
+Fake tensors have shapes, types and storages, and no data: the pass costs neither memory nor weights. Checked against
+real runs on the CPU (benchmarks/plan_exactness.py). For a GPU, dropout and attention are those of its fused kernels;
+what its libraries take besides is left to the headroom of `choice`.
+"""
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop
+
+from dist_finetune.freeze import Manifest, train_mode
+from dist_finetune.models.card import ModelCard
+from dist_finetune.models.sources import forward_logits
+from dist_finetune.models.structure import Part
+
+aten = torch.ops.aten
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda *args, out_val=None, **_: sdpa_flop(
+        *(a.shape for a in args[:3])
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Forward and backward of a micro-batch in training mode. Bytes leave out parameters and their gradients."""
+
+    micro_batch_size: int
+    saved_bytes: int
+    """Kept for the backward pass: unique storages that autograd saves."""
+    peak_bytes: int
+    """Most alive at once, results in the making included."""
+    flops_by_part: dict[str, int]
+    """Operations of the forward pass by `Part.label`, "" for what no part runs; a multiply-add is two."""
+
+    @property
+    def forward_flops(self) -> int:
+        return sum(self.flops_by_part.values())
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of every tensor that an operation makes while it lives, and the operations. Storages in `known`
+    are not counted."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.flops_by_part: dict[str, int] = {}
+        self.part = ""
+        self._counted = set(known)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        flops = FLOPS.get(func.overloadpacket)
+        if flops is not None:
+            made = flops(*args, **kwargs, out_val=out)
+            self.flops_by_part[self.part] = self.flops_by_part.get(self.part, 0) + int(made)
+        return out
+
+    def _count(self, storage: Any) -> None:
+        key = storage._cdata
+        if key not in self._counted:
+            self._counted.add(key)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key, storage.nbytes())
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        self._counted.discard(key)
+        self.now -= num_bytes
+
+
+class FusedOnGpu(TorchFunctionMode):
+    """Runs what a GPU has one kernel for as such a kernel would save it: dropout keeps a mask of bools, and attention
+    neither its probabilities nor its dropout. On the CPU both keep whole fp32 tensors."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            return _gpu_attention(*args, **kwargs)
+        if func is functional.dropout:
+            return _gpu_dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _gpu_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **more: Any,
+) -> torch.Tensor:
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, **more)
+
+
+def _gpu_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
+
+
+def fake_pass(
+    model: nn.Module,
+    manifest: Manifest,
+    parts: tuple[Part, ...],
+    inputs: Callable[[int], Any],
+    micro_batch_size: int,
+    autocast: bool,
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> Pass | str:
+    """The pass of a model on the meta device, frozen as `manifest` says, or why it can't be run without data.
+
+    `inputs` makes the inputs of so many rows. The model's tensors are fake within and on the meta device again after.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it prints the traceback of what we report in a sentence
+    try:
+        with FakeTensorMode(), _fake_tensors(model):
+            frozen = set(manifest.frozen)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name not in frozen)
+            train_mode(model, manifest)
+            fused = FusedOnGpu() if device == "cuda" else contextlib.nullcontext()
+            with fused:
+                return measured_pass(model, parts, inputs, micro_batch_size, autocast)
+    except Exception as error:  # a user's model may do anything, and the rest of the plan stands without this
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    finally:
+        log.setLevel(level)
+
+
+def measured_pass(
+    model: nn.Module, parts: tuple[Part, ...], inputs: Callable[[int], Any], micro_batch_size: int, autocast: bool
+) -> Pass:
+    """A forward and backward pass of `model` as it is, on real or fake CPU tensors; its gradients are not kept."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    saved: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            saved[storage._cdata] = storage
+        return tensor
+
+    alive = Alive(known)
+    with contextlib.ExitStack() as stack:
+        for parameter in parameters:
+            stack.callback(parameter.register_post_accumulate_grad_hook(_drop_gradient).remove)
+        stack.enter_context(alive)
+        batch = inputs(micro_batch_size)
+        labels = torch.zeros(micro_batch_size, dtype=torch.int64)
+        with (
+            _attributed(model, parts, alive),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            logits = forward_logits(model, batch)
+        loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        saved_bytes = sum(storage.nbytes() for storage in saved.values())
+        saved.clear()
+        forward_flops = dict(alive.flops_by_part)
+        loss.backward()
+    return Pass(micro_batch_size, saved_bytes, alive.peak, forward_flops)
+
+
+def fake_inputs(card: ModelCard, max_length: int | None, image_size: tuple[int, int] | None) -> Callable[[int], Any]:
+    """Inputs as the loaders make them, at their largest: ids and mask (B, T), or pixels (B, 3, H, W)."""
+    if card.modality == "text":
+        assert max_length is not None
+        return lambda rows: {
+            "input_ids": torch.zeros(rows, max_length, dtype=torch.int64),
+            "attention_mask": torch.ones(rows, max_length, dtype=torch.int64),
+        }
+    assert image_size is not None
+    return lambda rows: torch.zeros(rows, 3, *image_size)
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+@contextlib.contextmanager
+def _attributed(model: nn.Module, parts: tuple[Part, ...], alive: Alive) -> Iterator[None]:
+    """Within it, operations count for the part whose module runs."""
+    hooks = []
+    for part in parts:
+        for path in part.modules:
+            module = model.get_submodule(path)
+            hooks.append(module.register_forward_pre_hook(_Enter(alive, part.label)))
+            hooks.append(module.register_forward_hook(_Enter(alive, "")))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class _Enter:
+    alive: Alive
+    label: str
+
+    def __call__(self, *_: Any) -> None:
+        self.alive.part = self.label
+
+
+@contextlib.contextmanager
+def _fake_tensors(model: nn.Module) -> Iterator[None]:
+    """Within it (and a FakeTensorMode), every tensor of a meta model is a fake one on the CPU; tied ones stay tied."""
+    places: list[tuple[dict[str, Any], str, Any]] = []
+    fakes: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in stores:
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in fakes:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    fakes[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+                places.append((tensors, name, tensor))
+    for tensors, name, tensor in places:
+        tensors[name] = fakes[id(tensor)]
+    try:
+        yield
+    finally:
+        for tensors, name, tensor in places:
+            tensors[name] = tensor
