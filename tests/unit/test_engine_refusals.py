@@ -1,7 +1,6 @@
 """`shard` refuses every optimizer and model that isn't exactly the plan's, before an engine exists."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest

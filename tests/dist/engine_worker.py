@@ -1,0 +1,59 @@
+"""What engines really hold, rank by rank: engine_worker.py CONFIG RESULTS.json STRATEGY...
+
+For each strategy this opens the run's stage as `run.train` does and writes to RESULTS.json.RANK: the fragments that
+this rank updates, the counts that the engine states, and whether its check refuses the manifest of another freeze.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from dist_finetune.engine.build import _check_held
+from dist_finetune.errors import TrainingError
+from dist_finetune.freeze import compile_freeze
+from dist_finetune.report import Reporter
+from dist_finetune.run import _prepare
+from dist_finetune.spec import FreezeSpec
+from dist_finetune.spec_file import load_spec
+from dist_finetune.stage import load_base, open_stage
+from dist_finetune.world import World, join_world, leave_world
+
+
+def look(config: str, strategy: str, world: World) -> dict[str, Any]:
+    job = _prepare(load_spec(config, [f"shard.strategy={strategy}"]), world, Reporter(is_first=False))
+    phase = job.plan.phases[0]
+    model, _ = load_base(job.plan)
+    wider = compile_freeze(FreezeSpec(rule="backbone"), job.plan.structure, model)
+    engine = open_stage(job, phase, None, model).engine
+    held = engine.held()
+    try:
+        _check_held(engine, strategy, wider, world)
+        refusal = ""
+    except TrainingError as error:
+        refusal = str(error)
+    fragments = [
+        (f.name, f.offset, f.weight.numel(), [f.moments[kind].numel() for kind in sorted(f.moments)])
+        for f in engine.fragments()
+    ]
+    engine.close()
+    sizes = {r.name: r.num_elements for r in phase.manifest.records if r.kind == "parameter"}
+    return {
+        "fragments": fragments, "optimizer": held.optimizer, "gradients": held.gradients, "padding": held.padding,
+        "trainable": phase.manifest.trainable, "sizes": sizes, "refusal": refusal,
+    }  # fmt: skip
+
+
+def main() -> None:
+    config, results, *strategies = sys.argv[1:]
+    world = join_world(load_spec(config, []).launch)
+    found = {strategy: look(config, strategy, world) for strategy in strategies}
+    Path(f"{results}.{world.rank}").write_text(json.dumps(found), encoding="utf-8")
+    leave_world(world)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Runs of the real program over several processes, each with a deadline, none left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("worker.py")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+MATRIX = ((1, "ddp"), (1, "zero2"), *((2, strategy) for strategy in STRATEGIES))
+"""Numbers of processes, and strategies, of the runs that many tests look at."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run for the worker: a config as a dict, and overrides that only some ranks get."""
+
+    name: str
+    config: dict[str, Any]
+    by_rank: dict[str, list[str]] | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind, and what each rank returned."""
+
+    folder: Path
+    by_rank: tuple[dict[str, Any], ...]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return read_json(self.folder / "summary.json")
+
+    def series(self, key: str) -> list[float]:
+        """Values of a metric by step, each step once."""
+        found = {row["step"]: row[key] for row in read_lines(self.folder / "metrics.jsonl") if key in row}
+        return [found[step] for step in sorted(found)]
+
+    def predictions(self, split: str = "validation") -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "predictions" / f"{split}.safetensors")
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "model" / "model.safetensors")
+
+
+RunJobs = Callable[..., dict[str, Run]]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The same job at 1 and 2 processes and every strategy; keys such as "1-ddp" and "2-zero3"."""
+
+    text: dict[str, Run]
+    image: dict[str, Run]
+
+    @property
+    def all(self) -> dict[str, Run]:
+        return {f"text-{k}": v for k, v in self.text.items()} | {f"image-{k}": v for k, v in self.image.items()}
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """The environment of a process that a launcher starts: one thread, no network, no launcher's variables."""
+    launchers = ("SLURM_", "OMPI_", "PMI_", "ACCELERATE_", "PET_", "TORCHELASTIC_", "WANDB_")
+    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(launchers) and k not in names}
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH", ""))))
+    fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
+    return {**kept, **fixed, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def finish(command: Sequence[str], timeout_s: float, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a process group of its own; after `timeout_s` the whole group is killed and the test fails."""
+    process = subprocess.Popen(
+        command, cwd=cwd, env=clean_environment(**env), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate(timeout=30)
+        pytest.fail(f"{' '.join(command)} took more than {timeout_s} s\n{out[-3000:]}\n{err[-3000:]}")
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def torchrun(num_processes: int) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", "--master-port=0",
+        "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+    ]  # fmt: skip
+
+
+def write_config(path: Path, config: dict[str, Any], **top: Any) -> Path:
+    """A config file of `config` with more top-level keys."""
+    path.write_text(yaml.safe_dump({**config, **top}), encoding="utf-8")
+    return path
+
+
+def train_jobs(
+    jobs: Sequence[Job], num_processes: int, folder: Path, timeout_s: float = 600, **env: str
+) -> dict[str, Run]:
+    """Trains the jobs one after the other in one process group under torchrun; what each left, by its name."""
+    listed = []
+    for job in jobs:
+        config = write_config(folder / f"{job.name}.yaml", job.config, name=job.name, output=str(folder / "runs"))
+        listed.append({"name": job.name, "config": str(config), "by_rank": job.by_rank or {}})
+    (folder / "jobs.json").write_text(json.dumps(listed))
+    arguments = [str(WORKER), str(folder / "jobs.json"), str(folder / "results.json")]
+    done = finish([*torchrun(num_processes), *arguments], timeout_s, folder, **env)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    results = [read_json(folder / f"results.json.{rank}") for rank in range(num_processes)]
+    return {job.name: Run(folder / "runs" / job.name, tuple(r[job.name] for r in results)) for job in jobs}

@@ -1,0 +1,82 @@
+"""One W&B run, made by one process with the real client; its file, read back, holds the metrics of metrics.jsonl."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Job, Run, RunJobs, read_lines
+from material import Material
+
+pytestmark = pytest.mark.dist
+
+BLOCK = 32 * 1024
+TRAIN_KEYS = {
+    "train/loss", "train/lr", "train/grad_norm", "perf/samples_per_s", "perf/step_s", "mem/peak_gib",
+    "params/trainable", "progress/epoch", "progress/samples",
+}  # fmt: skip
+
+
+def records(path: Path) -> Iterator[Any]:
+    """Records of a .wandb file: protobuf messages in LevelDB's log format, in pieces with crc, length and kind."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    at, whole = 7, b""
+    while at + 7 <= len(data):
+        if BLOCK - at % BLOCK < 7:  # too little is left in the block for a piece's header
+            at += BLOCK - at % BLOCK
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or its last piece
+            record = Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+@pytest.fixture(scope="module")
+def tracked(material: Material, runs: RunJobs, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of 2 processes by a user who is not logged in and said nothing about W&B."""
+    config = material.text(train={"epochs": 1}, track={"wandb": "auto", "project": "tiny"})
+    home = str(tmp_path_factory.mktemp("home"))
+    return runs([Job("tracked", config)], 2, HOME=home)["tracked"]
+
+
+def test_one_offline_run_by_one_process(tracked: Run) -> None:
+    assert tracked.summary["wandb"] == "offline"
+    assert len(list(tracked.folder.rglob("*.wandb"))) == 1
+    assert len(list((tracked.folder / "wandb").glob("offline-run-*"))) == 1
+    started = [record.run for record in records(*tracked.folder.rglob("*.wandb")) if record.HasField("run")]
+    assert {(run.display_name, run.project) for run in started} == {("tracked", "tiny")}
+
+
+def test_history_is_that_of_metrics_jsonl(tracked: Run) -> None:
+    history: dict[int, dict[str, Any]] = {}
+    for record in records(*tracked.folder.rglob("*.wandb")):
+        if record.HasField("history"):
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            history.setdefault(row["step"], {}).update(row)
+    expected: dict[int, dict[str, Any]] = {}
+    for line in read_lines(tracked.folder / "metrics.jsonl"):
+        expected.setdefault(line["step"], {}).update(line)
+    assert sorted(history) == sorted(expected) == list(range(11))
+    for step, row in expected.items():
+        for key, value in row.items():
+            if key not in ("time", "step"):
+                assert history[step][key] == pytest.approx(value, rel=1e-6), (step, key)
+    assert set(history[1]) >= TRAIN_KEYS
+    assert {"eval/accuracy", "eval/loss", "eval/f1"} <= set(history[0]) & set(history[10])
+
+
+def test_its_state_and_summary_are_those_of_the_run(tracked: Run) -> None:
+    found = list(records(*tracked.folder.rglob("*.wandb")))
+    (end,) = [record.exit for record in found if record.HasField("exit")]
+    assert end.exit_code == 0
+    updates = {item.key: item.value_json for r in found if r.HasField("summary") for item in r.summary.update}
+    assert json.loads(updates["status"]) == "finished"
+    assert json.loads(updates["num_frozen_tensors_verified"]) == tracked.summary["num_frozen_tensors_verified"]
