@@ -21,17 +21,6 @@ if TYPE_CHECKING:
     from dist_finetune.spec import Spec
 
 LOCAL_RANK_FLAG = re.compile(r"--local[_-]rank(=\d+)?")
-BYTES_PER_UNIT = {
-    "b": 1,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-}
-
 app = typer.Typer(
     help="Fine-tune large BERTs and CNNs over many GPUs, with the frozen layers truly frozen.",
     no_args_is_help=True,
@@ -320,8 +309,10 @@ def _show(rendered: Any) -> None:
 
 
 def _parse_bytes(text: str) -> int:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
-    unit = BYTES_PER_UNIT.get(found[2]) if found else None
-    if not found or not unit or float(found[1]) == 0:
-        raise UserError(f"--gpu-memory {text}: write a number and MiB, GiB, MB or GB, such as 80GiB")
-    return int(float(found[1]) * unit)
+    from dist_finetune.durations import parse_bytes
+
+    try:
+        number: int = parse_bytes(text)
+    except ValueError as error:
+        raise UserError(f"--gpu-memory: {error}") from None
+    return number

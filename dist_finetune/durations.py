@@ -1,4 +1,4 @@
-"""Lengths of time as people write them: "30 min", "90s", "1.5 h"."""
+"""Lengths of time and sizes as people write them: "30 min", "90s", "1.5 h", "100GiB"."""
 
 import re
 from typing import Any
@@ -16,6 +16,20 @@ def parse_duration_s(value: Any) -> Any:
     if not found or (found[2] or "s") not in SECONDS_PER_UNIT or float(found[1]) <= 0:
         raise ValueError(f'{value!r} is no duration; write a number and s, min, h or day, such as "30 min"')
     return float(found[1]) * SECONDS_PER_UNIT[found[2] or "s"]
+
+
+BYTES_PER_UNIT = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def parse_bytes(value: Any) -> Any:
+    """Bytes of a size such as "80GiB"; a plain number is bytes. Raises ValueError for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", str(value).lower())
+    unit = BYTES_PER_UNIT.get(found[2]) if found else None
+    if not found or not unit or float(found[1]) == 0:
+        raise ValueError(f"{value!r} is no size; write a number and MiB, GiB, MB or GB, such as 80GiB")
+    return int(float(found[1]) * unit)
 
 
 def parse_interval(value: Any) -> tuple[float, str]:

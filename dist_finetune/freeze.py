@@ -7,7 +7,7 @@ the run depends on it.
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -79,6 +79,14 @@ class Manifest:
     def num_frozen(self) -> int:
         """Elements of the parameters that don't."""
         return sum(r.num_elements for r in self.records if r.kind == "parameter" and r.frozen)
+
+    def without(self, names: Iterable[str]) -> "Manifest":
+        """The manifest of a model that lacks some of its frozen tensors; the digest stays that of the whole freeze."""
+        gone = set(names)
+        kept = tuple(record for record in self.records if record.name not in gone)
+        lost = {record.name for record in self.records} & gone
+        held = tuple(m for m in self.held_modules if not any(name.startswith(f"{m}.") for name in lost))
+        return replace(self, records=kept, held_modules=held)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists that `json.dumps` takes."""

@@ -2,13 +2,17 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from dist_finetune.data.loading import Rows
+from dist_finetune.engine import Engine
 from dist_finetune.models.card import Provenance
+from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
 from dist_finetune.report import Reporter
 from dist_finetune.world import World
@@ -24,6 +28,31 @@ class Job:
     folder: Path
     splits: dict[str, Rows]
     tokenizer: PreTrainedTokenizerBase | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A phase that is ready to train."""
+
+    phase: PhasePlan
+    """As planned; where the frozen prefix is cached, without the tensors that no rank holds any more."""
+    engine: Engine
+    splits: dict[str, Rows]
+    """Rows of each split: encoded texts and images, or stored activations."""
+    frozen_digests: dict[str, str]
+    """sha256 of every frozen tensor and buffer, also of those that are not held."""
+    dropped: dict[str, torch.Tensor]
+    """Host copies of tensors that are not held and differ from the base model; mostly none."""
+
+    @property
+    def has_tail_only(self) -> bool:
+        """True where the frozen prefix is cached and no rank holds it."""
+        return any(name not in self._held for name in self.frozen_digests)
+
+    @cached_property
+    def _held(self) -> set[str]:
+        module = self.engine.module
+        return {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
 
 
 @dataclass
@@ -45,12 +74,12 @@ class Progress:
     train_s: float = 0.0
     attempts: int = 1
     phases_done: list[dict[str, Any]] = field(default_factory=list)
-    """Name, last step and number of verified frozen tensors of each finished phase."""
+    """Name and last step of each finished phase."""
 
-    def end_phase(self, name: str, num_verified: int, has_next: bool) -> None:
+    def end_phase(self, name: str, has_next: bool) -> None:
         """Notes the end of a phase, and moves on to the next where there is one."""
         self.phases_done = [done for done in self.phases_done if done["name"] != name]
-        self.phases_done.append({"name": name, "last_step": self.step, "num_frozen_verified": num_verified})
+        self.phases_done.append({"name": name, "last_step": self.step})
         if has_next:
             self.phase, self.phase_first_step, self.without_gain = self.phase + 1, self.step, 0
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from dist_finetune.cache.decide import CacheDecision, decide_cache
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.deepspeed_settings import deepspeed_settings, zero_section
 from dist_finetune.errors import UserError
@@ -85,6 +86,8 @@ class Plan:
     costs: Costs
     deepspeed: tuple[dict[str, Any] | None, ...]
     """The config of each phase's engine; None for a strategy without DeepSpeed."""
+    cache: tuple[CacheDecision, ...]
+    """Of each phase."""
 
     @property
     def memory(self) -> dict[Strategy, RankMemory]:
@@ -194,7 +197,12 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
     strategy, reason = choose_strategy(spec.shard.strategy, costs.memory, limits)
     batches = _plan_batches(spec, data, rows_per_rank, costs.memory[strategy].micro_batch_size)
     deepspeed = tuple(deepspeed_settings(spec, strategy, batches, precision, phase.manifest) for phase in phases)
-    return Plan(spec, topology, card, data, structure, phases, batches, precision, strategy, reason, costs, deepspeed)
+    cache = tuple(
+        decide_cache(spec, phase.manifest, structure, phase.num_steps / batches.steps_per_epoch) for phase in phases
+    )
+    return Plan(
+        spec, topology, card, data, structure, phases, batches, precision, strategy, reason, costs, deepspeed, cache
+    )
 
 
 def _plan_data(spec: Spec, topology: Topology, tables: Tables, card: ModelCard) -> DataPlan:

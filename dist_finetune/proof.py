@@ -4,7 +4,7 @@ Names and digests go to freeze.json and summary.json, so that anyone can check a
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,14 +16,6 @@ from dist_finetune.world import World, gather_objects
 
 if TYPE_CHECKING:
     from dist_finetune.engine import Engine
-
-
-@dataclass(frozen=True)
-class FrozenProof:
-    """Result of a comparison: every frozen name, and those whose bytes differ from the bytes at load."""
-
-    verified: tuple[str, ...]
-    moved: tuple[str, ...]
 
 
 def digest_tensor(tensor: torch.Tensor) -> str:
@@ -41,23 +33,23 @@ def digest_frozen(model: nn.Module, manifest: Manifest) -> dict[str, str]:
     return {name: digest_tensor(tensors[name]) for name in (*manifest.frozen, *manifest.frozen_buffers)}
 
 
-def verify_frozen(engine: "Engine", manifest: Manifest, at_load: dict[str, str], world: World) -> FrozenProof:
-    """Compares every frozen tensor and buffer, on every rank, with its digest at load; gathers where sharded.
+def verify_frozen(engine: "Engine", frozen_digests: Mapping[str, str], world: World) -> tuple[str, ...]:
+    """Compares every frozen tensor and buffer that the ranks hold, on each rank, with its digest; gathers where sharded.
 
-    Collective. Raises TrainingError that names the tensors that moved, and the rank.
+    Returns the names compared: all but those of a cached prefix, which `save_model` compares in the export. Collective.
+    Raises TrainingError that names the tensors that moved, and the rank.
     """
     tensors = dict(engine.module.named_parameters()) | dict(engine.module.named_buffers())
+    held = [name for name in frozen_digests if name in tensors]
     moved = []
-    for name, expected in at_load.items():
+    for name in held:
         with engine.gathered(tensors[name]):
-            if digest_tensor(tensors[name]) != expected:
+            if digest_tensor(tensors[name]) != frozen_digests[name]:
                 moved.append(name)
-    everywhere = gather_objects(moved)
-    bad = [(rank, names) for rank, names in enumerate(everywhere) if names]
-    if bad:
-        rank, names = bad[0]
-        raise TrainingError(
-            f"{len(names)} frozen tensors changed in training on rank {rank}, first {names[0]}: the run is not to be "
-            "trusted. Something outside the plan wrote to them; nothing was exported."
-        )
-    return FrozenProof(tuple(at_load), ())
+    for rank, names in enumerate(gather_objects(moved)):
+        if names:
+            raise TrainingError(
+                f"{len(names)} frozen tensors changed in training on rank {rank}, first {names[0]}: the run is not to be "
+                "trusted. Something outside the plan wrote to them; nothing was exported."
+            )
+    return tuple(held)

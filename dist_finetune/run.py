@@ -52,30 +52,29 @@ def _train(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: f
     plan = job.plan
     model, provenance = load_base(plan)
     checkpoint, progress = find_start(job, provenance, fresh)
-    phase = plan.phases[progress.phase]
-    stage = open_stage(job, phase, checkpoint, model)
+    stage = open_stage(job, plan.phases[progress.phase], checkpoint, model)
     # every refusal of the user's input lies behind us: only now is anything written
     on_first(world, lambda: start_run_folder(spec, fresh, progress.step, progress.evaluated))
     report.open_files(job.folder)
-    on_first(world, lambda: write_start(job, provenance, stage.frozen_digests, phase))
+    on_first(world, lambda: write_start(job, provenance, stage))
     report.open_trackers(spec, job.folder, plan.to_json())
     report.start_progress(plan.total_steps)
     saver = Saver(job, provenance)
     limit_s = spec.launch.time_limit
     with StopWish(world, job.folder, limit_s, started_s, saver.every_s) as stop:
         if progress.before is None:
-            progress.before = evaluate_validation(job, stage.engine, 0).metrics
+            progress.before = evaluate_validation(job, stage, 0).metrics
         while True:
-            last = fit(job, stage.engine, phase, progress, saver, stop)
-            proof = verify_frozen(stage.engine, phase.manifest, stage.frozen_digests, world)
-            has_next = phase.index + 1 < len(plan.phases)
-            progress.end_phase(phase.name, len(proof.verified), has_next)
-            saver.save(stage.engine, phase, progress)
+            last = fit(job, stage, progress, saver, stop)
+            verify_frozen(stage.engine, stage.frozen_digests, world)
+            has_next = stage.phase.index + 1 < len(plan.phases)
+            progress.end_phase(stage.phase.name, has_next)
+            saver.save(stage, progress)
             if not has_next:
                 break
-            phase, stage = next_stage(job, stage, progress, saver)
-            on_first(world, partial(write_freeze, job.folder, phase, stage.frozen_digests))
-    return finish_run(job, stage, progress, proof, last, saver, started_s)
+            stage = next_stage(job, stage, progress, saver)
+            on_first(world, partial(write_freeze, job, stage))
+    return finish_run(job, stage, progress, last, saver, started_s)
 
 
 def _prepare(spec: Spec, world: World, report: Reporter) -> Job:

@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
-from dist_finetune.durations import parse_interval
+from dist_finetune.durations import parse_bytes, parse_interval
 from dist_finetune.errors import did_you_mean
 from dist_finetune.spec_base import AutoOrPositive, DurationS, PositiveInt, Section, StringList
 from dist_finetune.spec_base import empty_section as _section
 from dist_finetune.spec_features import FeaturesSpec
 from dist_finetune.spec_launch import CloudSpec, SlurmSpec
 
-Strategy = Literal["ddp", "zero1", "zero2", "zero3"]
+Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 FREEZE_WORDS = ("none", "backbone", "norms", "bias-only", "all-but-last N")
 
 
@@ -39,6 +39,13 @@ def _fraction_or_sources(value: Any) -> Any:
     if not isinstance(sources, (list, tuple)) or not sources or not all(isinstance(s, str) for s in sources):
         raise ValueError(f"takes a fraction such as 0.1, or files or a data set as data.train does (got {value!r})")
     return tuple(sources)
+
+
+def _cache_section(value: Any) -> Any:
+    """`cache: off` is short for `cache: {mode: off}`; YAML 1.1 writers turn on and off into true and false."""
+    if isinstance(value, bool):
+        return {"mode": "on" if value else "off"}
+    return {"mode": value} if isinstance(value, str) else _section(value)
 
 
 def _freeze_section(value: Any) -> Any:
@@ -105,6 +112,9 @@ class FreezeSpec(Section):
     """Globs that stay trainable; they win over all other rules."""
     mode: Literal["eval", "train"] = "eval"
     """How frozen BatchNorm and dropout behave."""
+    dtype: Literal["bf16"] | None = None
+    """bf16 keeps frozen matrices and kernels in half the memory; null keeps them in fp32. The exported model has the
+    frozen tensors of its source either way."""
 
     # Code may write FreezeSpec(except_=...), since `except` is a word of Python's own.
     model_config = ConfigDict(**Section.model_config, validate_by_name=True)
@@ -146,8 +156,12 @@ class TrainSpec(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the global gradient norm; null for no clipping."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on GPUs that have it, else fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on GPUs that have it, else fp32. Weights, optimizer state and norms are fp32 at every precision."""
+    gradient_checkpointing: bool = False
+    """Recompute the blocks above the first trainable one in the backward pass instead of keeping their activations."""
+    compile: bool = False
+    """Compile each block with torch.compile; the first steps take longer."""
     early_stop: PositiveInt | None = None
     """Stop after so many epochs without a better validation score."""
     log_every: PositiveInt = 10
@@ -179,8 +193,27 @@ class PhaseSpec(Section):
 class ShardSpec(Section):
     strategy: Literal["auto"] | Strategy = "auto"
     """How training state is spread over ranks; auto takes the cheapest that fits and says why."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """Keep optimizer state, or weights too, in host memory: less GPU memory, slower steps."""
+    frozen: Literal["auto", "replicate", "shard"] = "auto"
+    """Frozen weights under fsdp: a copy on each rank, or shared out; auto copies them where that fits."""
     deepspeed: dict[str, Any] = {}
     """Extra DeepSpeed keys; refused where they contradict the plan."""
+
+
+class CacheSpec(Section):
+    """Activations of the frozen prefix, computed once and stored. `cache: off` is short for `cache: {mode: off}`."""
+
+    mode: Literal["auto", "on", "off"] = "auto"
+    """auto: where the frozen part is a prefix of the model and several passes share it."""
+    views: PositiveInt | None = None
+    """Store so many augmented versions of each training image, and cycle through them."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Number type on disk; bf16 halves the size and rounds."""
+    folder: str | None = None
+    """Where to keep it, a fast disk that all ranks see; left out: <output>/.cache."""
+    quota: Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str)] = 100 * 2**30
+    """Bytes (or "100GiB") that all entries may take; the least recently used go first."""
 
 
 class CheckpointSpec(Section):
@@ -237,6 +270,10 @@ class Spec(Section):
     """Parts of the run with a freeze each, instead of `freeze`; or a ready word. gradual: the head first, then blocks
     from the top, an epoch each (ULMFiT). lp-ft: the head alone for an epoch, then what `freeze` leaves (Kumar 2022)."""
     shard: Annotated[ShardSpec, BeforeValidator(_section)] = ShardSpec()
+    cache: Annotated[CacheSpec, BeforeValidator(_cache_section, json_schema_input_type=CacheSpec | str | None)] = (
+        CacheSpec()
+    )
+    """auto, on, off, or a block: activations of the frozen prefix, computed once."""
     checkpoint: Annotated[CheckpointSpec, BeforeValidator(_section)] = CheckpointSpec()
     track: Annotated[TrackSpec, BeforeValidator(_section)] = TrackSpec()
     launch: Annotated[LaunchSpec, BeforeValidator(_section)] = LaunchSpec()

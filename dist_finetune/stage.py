@@ -4,16 +4,20 @@ Every start goes this way, the first as well as one from a checkpoint and one of
 a checkpoint changed, then the freeze, then an optimizer of exactly what trains, then the shards, then Adam's moments.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
+import torch
 from torch import nn
 
+from dist_finetune.cache.build import cache_splits
+from dist_finetune.cache.cut import NoCut
 from dist_finetune.checkpoint.read import Checkpoint, load_moments, load_weights
 from dist_finetune.checkpoint.saver import Saver
-from dist_finetune.engine import Engine, open_accelerator, shard
+from dist_finetune.data.loading import Rows
+from dist_finetune.engine import open_accelerator, shard
 from dist_finetune.freeze import apply_freeze
 from dist_finetune.gradients import require_gradients
-from dist_finetune.job import Job, Progress
+from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.models.card import Provenance
 from dist_finetune.models.load import load_model
 from dist_finetune.optim import build_optimizer
@@ -21,14 +25,6 @@ from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
 from dist_finetune.proof import digest_frozen
 from dist_finetune.world import together
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A phase that is ready to train: its engine, and the digests that its frozen tensors must keep."""
-
-    engine: Engine
-    frozen_digests: dict[str, str]
 
 
 def load_base(plan: Plan) -> tuple[nn.Module, Provenance]:
@@ -44,16 +40,35 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
     apply_freeze(model, phase.manifest)
     digests = digest_frozen(model, phase.manifest)
     require_gradients(model, job.splits["train"].first_batch(), job.world)
+    splits, dropped = job.splits, {}
+    if job.plan.cache[phase.index].use:
+        phase, splits, dropped = _cached(job, phase, model, digests)
     optimizer = build_optimizer(model, phase.groups)
     engine = shard(model, optimizer, job.plan, phase, accelerator, job.world)
     if checkpoint:
         load_moments(engine, checkpoint, checkpoint.state["adam_steps"])
-    return Stage(engine, digests)
+    return Stage(phase, engine, splits, digests, dropped)
 
 
-def next_stage(job: Job, stage: Stage, progress: Progress, saver: Saver) -> tuple[PhasePlan, Stage]:
+def _cached(
+    job: Job, phase: PhasePlan, model: nn.Module, digests: dict[str, str]
+) -> tuple[PhasePlan, dict[str, Rows], dict[str, torch.Tensor]]:
+    """Turns `model` into the part above its frozen prefix, fed from stored activations; says why where that fails."""
+    full = job.plan.spec.checkpoint.full
+    trained = {name for p in job.plan.phases[: phase.index] for name in p.manifest.trainable}
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    try:
+        splits, cut = cache_splits(job, phase, model, digests)
+    except NoCut as reason:
+        job.report.say(f"note: no cache: {reason}")
+        return phase, job.splits, {}
+    kept = [name for name in cut.dropped if full or name in trained]
+    dropped = {name: tensors[name].detach().to("cpu", copy=True) for name in kept}
+    return replace(phase, manifest=phase.manifest.without(cut.dropped)), splits, dropped
+
+
+def next_stage(job: Job, stage: Stage, progress: Progress, saver: Saver) -> Stage:
     """Ends a stage and opens the phase that `progress` has moved on to, from the checkpoint that was saved last."""
     stage.engine.close()
-    phase = job.plan.phases[progress.phase]
     model, _ = load_base(job.plan)
-    return phase, open_stage(job, phase, saver.settled(), model)
+    return open_stage(job, job.plan.phases[progress.phase], saver.settled(), model)

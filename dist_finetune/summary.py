@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_finetune.evaluate import Evaluation
-from dist_finetune.job import Job, Progress
+from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.models.card import Provenance
 from dist_finetune.peak_memory import peak_memory_gib
-from dist_finetune.phases import PhasePlan
-from dist_finetune.proof import FrozenProof
 from dist_finetune.run_folder import environment, read_summary, write_json
 from dist_finetune.world import World, gather_objects
 
@@ -53,24 +51,23 @@ class Summary:
         return out
 
 
-def write_start(job: Job, provenance: Provenance, frozen_digests: Mapping[str, str], phase: PhasePlan) -> None:
+def write_start(job: Job, provenance: Provenance, stage: Stage) -> None:
     """plan.json, environment.json and freeze.json of a run that is about to train or to go on."""
     write_json(job.folder / "plan.json", job.plan.to_json())
     write_json(job.folder / "environment.json", environment())
-    write_freeze(job.folder, phase, frozen_digests, dataclasses.asdict(provenance))
+    write_freeze(job, stage, dataclasses.asdict(provenance))
 
 
-def write_freeze(
-    folder: Path, phase: PhasePlan, frozen_digests: Mapping[str, str], source: dict[str, Any] | None = None
-) -> None:
+def write_freeze(job: Job, stage: Stage, source: dict[str, Any] | None = None) -> None:
     """Adds a phase to freeze.json: every tensor in order, with the sha256 that each frozen one must keep."""
-    path = folder / "freeze.json"
+    phase = job.plan.phases[stage.phase.index]
+    path = job.folder / "freeze.json"
     content: dict[str, Any] = {"source": source, "phases": {}}
     if path.exists():
         content = json.loads(path.read_text(encoding="utf-8"))
     tensors = [dataclasses.asdict(record) for record in phase.manifest.records]
     for tensor in tensors:
-        tensor["sha256"] = frozen_digests.get(tensor["name"])
+        tensor["sha256"] = stage.frozen_digests.get(tensor["name"])
     content["phases"][phase.name] = {"digest": phase.manifest.digest, "mode": phase.manifest.mode, "tensors": tensors}
     write_json(path, content)
 
@@ -80,7 +77,7 @@ def summarise(
     progress: Progress,
     kept_step: int,
     final: Mapping[str, Evaluation],
-    proof: FrozenProof,
+    frozen_verified: tuple[str, ...],
     save_pauses_s: Sequence[float],
     total_s: float,
 ) -> Summary:
@@ -99,7 +96,7 @@ def summarise(
         metrics=metrics,
         num_frozen=manifest.num_frozen,
         num_trainable=manifest.num_trainable,
-        frozen_verified=proof.verified,
+        frozen_verified=frozen_verified,
         steps=progress.step,
         kept_step=kept_step,
         phases=tuple(progress.phases_done),

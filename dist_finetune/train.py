@@ -10,11 +10,10 @@ from torch import nn
 from dist_finetune.checkpoint.saver import Saver
 from dist_finetune.data.batches import StepBatch, training_steps
 from dist_finetune.data.loading import Batch
-from dist_finetune.engine import Engine
 from dist_finetune.errors import TrainingError
 from dist_finetune.evaluate import Evaluation, all_finite, evaluate, is_better, to_device
 from dist_finetune.freeze import train_mode
-from dist_finetune.job import Job, Progress
+from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.optim import lr_factor, set_lr
 from dist_finetune.peak_memory import peak_memory_gib
 from dist_finetune.phases import PhasePlan
@@ -34,10 +33,8 @@ class StepLog:
     started_s: float = field(default_factory=time.perf_counter)
 
 
-def fit(
-    job: Job, engine: Engine, phase: PhasePlan, progress: Progress, saver: Saver, stop: StopWish
-) -> Evaluation | None:
-    """Trains `phase` from `progress.step` to its end; returns the last evaluation, None where none was due any more.
+def fit(job: Job, stage: Stage, progress: Progress, saver: Saver, stop: StopWish) -> Evaluation | None:
+    """Trains the phase of `stage` from `progress.step` to its end; returns the last evaluation, None where none was due.
 
     Evaluates at the end of each epoch and of the phase, saves as the config says, and keeps `progress` current. Raises
     TrainingError where a loss or gradient norm is not finite, Stopped (with a checkpoint saved) where told to stop.
@@ -45,34 +42,34 @@ def fit(
     log, last = StepLog(), None
     try:
         if not progress.evaluated:
-            last = _evaluate(job, engine, phase, progress, saver, stop)
-        steps = list(_steps_of(job, phase, progress))
-        batches = job.splits["train"].training_batches(steps)
-        train_mode(engine.module, phase.manifest)
+            last = _evaluate(job, stage, progress, saver, stop)
+        steps = list(_steps_of(job, stage, progress))
+        batches = stage.splits["train"].training_batches(steps)
+        train_mode(stage.engine.module, stage.phase.manifest)
         log.started_s = time.perf_counter()
         for step in steps:
             agreed = stop.agreed()
             if agreed.reason:
                 raise _Interrupted(agreed.reason)
             if agreed.save:
-                saver.save(engine, phase, progress)
-            _train_step(job, engine, phase, step, step.step - progress.phase_first_step, batches, log)
+                saver.save(stage, progress)
+            _train_step(job, stage, step, step.step - progress.phase_first_step, batches, log)
             progress.step, progress.evaluated = step.step + 1, not step.ends_epoch
             if len(log.steps) >= job.plan.spec.train.log_every or step.ends_epoch:
                 _flush(log, job, progress)
             if step.ends_epoch:
-                last = _evaluate(job, engine, phase, progress, saver, stop)
-                train_mode(engine.module, phase.manifest)
+                last = _evaluate(job, stage, progress, saver, stop)
+                train_mode(stage.engine.module, stage.phase.manifest)
                 log.started_s = time.perf_counter()
-                if _is_enough(job, phase, progress):
+                if _is_enough(job, stage.phase, progress):
                     break
             if saver.is_due(progress.step):
                 _flush(log, job, progress)
-                saver.save(engine, phase, progress)
+                saver.save(stage, progress)
     except _Interrupted as interruption:
         stop.settle()
         _flush(log, job, progress)
-        saver.save(engine, phase, progress)
+        saver.save(stage, progress)
         saver.settled()
         raise Stopped(
             f"stopped on {interruption} after step {progress.step} of {job.plan.total_steps}; checkpoint saved. "
@@ -86,13 +83,13 @@ class _Interrupted(Exception):
     """Carries the reason to stop out of the loop or an evaluation."""
 
 
-def _steps_of(job: Job, phase: PhasePlan, progress: Progress) -> Iterator[StepBatch]:
-    plan, rows = job.plan, job.splits["train"]
+def _steps_of(job: Job, stage: Stage, progress: Progress) -> Iterator[StepBatch]:
+    plan, rows = job.plan, stage.splits["train"]
     return training_steps(
         rows.num_rows,
         plan.batches.global_batch_size,
         plan.batches.micro_batch_size,
-        progress.phase_first_step + phase.num_steps,
+        progress.phase_first_step + stage.phase.num_steps,
         plan.spec.train.seed,
         job.world.rank,
         job.world.world_size,
@@ -102,14 +99,14 @@ def _steps_of(job: Job, phase: PhasePlan, progress: Progress) -> Iterator[StepBa
 
 
 def _train_step(
-    job: Job, engine: Engine, phase: PhasePlan, step: StepBatch, phase_step: int, batches: Iterator[Batch], log: StepLog
+    job: Job, stage: Stage, step: StepBatch, phase_step: int, batches: Iterator[Batch], log: StepLog
 ) -> None:
     """One optimizer step: all micro-batches, one reduction, one update.
 
     The loss of each micro-batch is a sum over its rows divided by the global batch's real count, so that partial
     windows and uneven shares weigh every sample the same; times world size, because engines average over ranks.
     """
-    world = job.world
+    world, engine, phase = job.world, stage.engine, stage.phase
     torch.manual_seed(_seed_of(job.plan.spec.train.seed, step.step, world.rank))
     lr = set_lr(engine.param_groups, lr_factor(phase_step, phase.num_steps, phase.warmup_steps, phase.schedule))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -175,7 +172,7 @@ def _samples_after(steps: int, job: Job) -> int:
     return epochs * job.splits["train"].num_rows + rest * job.plan.batches.global_batch_size
 
 
-def evaluate_validation(job: Job, engine: Engine, step: int, stop: StopWish | None = None) -> Evaluation:
+def evaluate_validation(job: Job, stage: Stage, step: int, stop: StopWish | None = None) -> Evaluation:
     """Evaluates the validation rows and logs their metrics at `step`. Collective."""
 
     def check() -> None:
@@ -183,22 +180,20 @@ def evaluate_validation(job: Job, engine: Engine, step: int, stop: StopWish | No
         if reason:
             raise _Interrupted(reason)
 
-    result = evaluate(engine, job.splits["validation"], job.plan.batches.eval_batch_size, job.world, check)
+    result = evaluate(stage.engine, stage.splits["validation"], job.plan.batches.eval_batch_size, job.world, check)
     job.report.log(step, {f"eval/{name}": value for name, value in result.metrics.items()})
     return result
 
 
-def _evaluate(
-    job: Job, engine: Engine, phase: PhasePlan, progress: Progress, saver: Saver, stop: StopWish
-) -> Evaluation:
+def _evaluate(job: Job, stage: Stage, progress: Progress, saver: Saver, stop: StopWish) -> Evaluation:
     """An evaluation at the end of an epoch, and what follows from it: the best so far, and whether that is kept."""
-    result = evaluate_validation(job, engine, progress.step, stop)
+    result = evaluate_validation(job, stage, progress.step, stop)
     progress.evaluated = True
     best_key = job.plan.spec.checkpoint.best
     if is_better(result.metrics, progress.best, best_key):
         progress.best, progress.best_step, progress.without_gain = result.metrics, progress.step, 0
         if best_key:
-            saver.save(engine, phase, progress, best=True)
+            saver.save(stage, progress, best=True)
     else:
         progress.without_gain += 1
     return result

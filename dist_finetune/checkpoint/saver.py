@@ -9,9 +9,9 @@ from dist_finetune.checkpoint.layout import FOLDER, folder_name
 from dist_finetune.checkpoint.read import Checkpoint, open_checkpoint
 from dist_finetune.checkpoint.write import CheckpointWriter, snapshot
 from dist_finetune.engine import Engine
-from dist_finetune.job import Job, Progress, identity
+from dist_finetune.job import Job, Progress, Stage, identity
 from dist_finetune.models.card import Provenance
-from dist_finetune.phases import PhasePlan
+from dist_finetune.proof import verify_frozen
 from dist_finetune.world import together
 
 
@@ -35,15 +35,16 @@ class Saver:
         on by the ranks, see `StopWish`."""
         return self._every_steps is not None and step % self._every_steps == 0
 
-    def save(self, engine: Engine, phase: PhasePlan, progress: Progress, best: bool = False) -> None:
+    def save(self, stage: Stage, progress: Progress, best: bool = False) -> None:
         """Saves the run as it is after `progress.step`, unless that step is saved already. `best` keeps it for good."""
         if best:
             self._writer.protected = progress.step
         if self._saved_step == progress.step:
             return
         self._saved_step = progress.step
-        tensors = snapshot(engine, self._job.world, self._whole(engine, phase))
-        self._writer.save(progress.step, tensors, self._state(engine, progress))
+        verify_frozen(stage.engine, stage.frozen_digests, self._job.world)
+        tensors = snapshot(stage.engine, self._job.world, self._whole(stage))
+        self._writer.save(progress.step, tensors, self._state(stage.engine, progress))
 
     def settled(self) -> Checkpoint:
         """The checkpoint that was saved last, once it is complete. Raises TrainingError where saving failed."""
@@ -71,9 +72,10 @@ class Saver:
             "revision": self._provenance.revision,
         }
 
-    def _whole(self, engine: Engine, phase: PhasePlan) -> Iterator[tuple[str, torch.Tensor]]:
+    def _whole(self, stage: Stage) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors outside the optimizer that differ from the base model: moved buffers, weights of earlier phases."""
-        parameters, buffers = dict(engine.module.named_parameters()), dict(engine.module.named_buffers())
+        module, phase = stage.engine.module, stage.phase
+        parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
         phases = self._job.plan.phases[: phase.index + 1]
         frozen_buffers = set.intersection(*(set(p.manifest.frozen_buffers) for p in phases))
         for record in phase.manifest.records:
@@ -84,3 +86,5 @@ class Saver:
         for name in phase.manifest.frozen:
             if full or name in trained:
                 yield f"settled:{name}", parameters[name]
+        for name, tensor in stage.dropped.items():
+            yield f"settled:{name}", tensor

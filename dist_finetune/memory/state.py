@@ -132,7 +132,7 @@ def _zero_1_or_2(
     for group in layout.groups:
         sizes, offsets = _flat_layout(group, world_size, zero)
         alignment = 2 * world_size
-        total = -(-(offsets[-1] + sizes[-1]) // alignment) * alignment
+        total = -(-int(offsets[-1] + sizes[-1]) // alignment) * alignment
         aligned += total
         largest_share = max(largest_share, total // world_size)
         own += _elements_overlapping(sizes, offsets, world_size, total // world_size)

@@ -1,0 +1,245 @@
+"""Where a model can be cut: after the last module that ends before the first trainable one starts, found by tracing.
+
+The tail keeps the model's own forward. The module at the cut is replaced by one that returns the stored activation, and
+every frozen module before it by one that does nothing; whatever the forward does in between is then without effect. So
+no model family needs code of its own, and `build` proves the result on real rows before it is used.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_finetune.engine.base import Inputs
+from dist_finetune.errors import DistFinetuneError
+from dist_finetune.models.sources import forward_logits
+
+ACTIVATION = "activation"  # key of the stored activation among the inputs of a text batch
+
+
+class NoCut(DistFinetuneError):
+    """The model can't be cut, or the cache not be kept; the message says why. Not an error: the run goes on without."""
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What takes a module's place in the tail: its path, and the form of what it returned for the traced batch."""
+
+    path: str
+    shape: tuple[int, ...]
+    returns_tuple: bool
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place to cut a model."""
+
+    at: StandIn
+    """The module whose output is stored."""
+    before: tuple[StandIn, ...]
+    """Frozen modules that the tail can do without."""
+    dropped: tuple[str, ...]
+    """Names of the parameters and buffers that the tail does not hold."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    module: str
+    started: int
+    ended: int
+    output: Any
+
+
+def find_cut(model: nn.Module, inputs: Inputs) -> Cut:
+    """The cut of a frozen model in training mode (its frozen modules held in eval), traced with a small batch.
+
+    Raises NoCut where nothing frozen lies below the first trainable module, or no module there returns one tensor.
+    """
+    calls = _trace(model, inputs)
+    modules = dict(model.named_modules())
+    owners = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    first = min((call.started for call in calls if call.module in owners), default=0)
+    done = [call for call in calls if call.ended < first and _is_fixed(modules[call.module])]
+    usable = [call for call in done if _single_tensor(call.output) is not None]
+    if not any(_has_state(modules[call.module]) for call in done) or not usable:
+        raise NoCut("no frozen part lies below the first trainable one")
+    at = max(usable, key=lambda call: call.ended)
+    if sum(call.module == at.module for call in calls) > 1:
+        raise NoCut(f"{at.module} runs more than once in a forward pass")
+    late = {call.module for call in calls if call.started > at.ended}
+    before = _outermost(
+        _stand_in(call)
+        for call in usable
+        if call.ended < at.ended
+        and _has_state(modules[call.module])
+        and not _within(call.module, at.module)
+        and not any(_within(name, call.module) for name in late)
+    )
+    gone = (*(stand_in.path for stand_in in before), at.module)
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    dropped = tuple(name for name in names if any(_within(name, path) for path in gone))
+    return Cut(_stand_in(at), before, dropped)
+
+
+def run_prefix(model: nn.Module, cut: Cut, inputs: Inputs) -> torch.Tensor:
+    """The activation at the cut, (B, ...), without the rest of the forward pass."""
+    found: list[torch.Tensor] = []
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        tensor = _single_tensor(output)
+        assert tensor is not None
+        found.append(tensor)
+        raise _Reached
+
+    handle = model.get_submodule(cut.at.path).register_forward_hook(stop)
+    try:
+        with torch.inference_mode():
+            forward_logits(model, inputs)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def make_tail(model: nn.Module, cut: Cut) -> Callable[[], None]:
+    """Turns a model, in place, into its tail: its inputs then carry the stored activation. Returns what undoes it.
+
+    A dict of inputs holds it under `ACTIVATION` beside what else the model reads (attention mask, token numbers); an
+    image model gets it in the place of the image.
+    """
+    channel = _Channel()
+    replaced = {s.path: model.get_submodule(s.path) for s in (*cut.before, cut.at)}
+    for stand_in in cut.before:
+        model.set_submodule(stand_in.path, _Skip(channel, stand_in))
+    model.set_submodule(cut.at.path, _Inject(channel, cut.at))
+    handle = model.register_forward_pre_hook(channel.take, with_kwargs=True)
+
+    def undo() -> None:
+        handle.remove()
+        for path, module in replaced.items():
+            model.set_submodule(path, module)
+
+    return undo
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the cut."""
+
+
+class _Channel:
+    """Carries the stored activation, and the size of a batch, from the model's inputs to the cut."""
+
+    def __init__(self) -> None:
+        self.activation = torch.empty(0)
+        self.batch: tuple[int, ...] = (1,)
+
+    def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if ACTIVATION in kwargs:
+            self.activation = kwargs[ACTIVATION]
+            self.batch = tuple(kwargs["attention_mask"].shape)  # (B, T): the model makes its masks from them
+            return args, {name: value for name, value in kwargs.items() if name != ACTIVATION}
+        self.activation = args[0]
+        return args, kwargs
+
+
+class _Skip(nn.Module):
+    """In the place of a frozen module before the cut: zeros of the right shape, whose values nobody reads.
+
+    Image models get a batch of one, kept from call to call, so that what lies between skipped modules costs little.
+    """
+
+    def __init__(self, channel: _Channel, stand_in: StandIn) -> None:
+        super().__init__()
+        self._channel, self._stand_in = channel, stand_in
+        self._zeros = torch.empty(0)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        batch = self._channel.batch[: len(self._stand_in.shape) - 1]
+        shape = (*batch, *self._stand_in.shape[len(batch) :])
+        activation = self._channel.activation
+        if self._zeros.shape != shape or self._zeros.device != activation.device:
+            with torch.inference_mode(False):  # it outlives an evaluation, and may be written to in place
+                self._zeros = torch.zeros(shape, dtype=activation.dtype, device=activation.device)
+        return (self._zeros,) if self._stand_in.returns_tuple else self._zeros
+
+
+class _Inject(nn.Module):
+    """In the place of the module at the cut: returns the stored activation, in the form that the module returned it."""
+
+    def __init__(self, channel: _Channel, stand_in: StandIn) -> None:
+        super().__init__()
+        self._channel, self._stand_in = channel, stand_in
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self._channel.activation,) if self._stand_in.returns_tuple else self._channel.activation
+
+
+def _trace(model: nn.Module, inputs: Inputs) -> list[_Call]:
+    """Every module call of one forward pass, with the order of starts and ends."""
+    events, open_calls = 0, dict[str, list[int]]()
+    calls: list[_Call] = []
+    handles = []
+
+    def tick() -> int:
+        nonlocal events
+        events += 1
+        return events
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda module, args: open_calls.setdefault(name, []).append(tick())
+
+    def leave(name: str) -> Callable[..., None]:
+        return lambda module, args, output: calls.append(_Call(name, open_calls[name].pop(), tick(), output))
+
+    for name, module in model.named_modules():
+        if name:
+            handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
+    try:
+        with torch.no_grad():
+            forward_logits(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _is_fixed(module: nn.Module) -> bool:
+    """True where a module gives the same output in every epoch: frozen and in eval mode, or without state and chance."""
+    if any(p.requires_grad for p in module.parameters()):
+        return False
+    return all(not part.training or not (_has_chance(part) or _has_state(part)) for part in module.modules())
+
+
+def _has_chance(module: nn.Module) -> bool:
+    is_dropout = "drop" in type(module).__name__.lower()
+    return is_dropout or any("drop" in name and isinstance(v, float) and v > 0 for name, v in vars(module).items())
+
+
+def _has_state(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+
+
+def _single_tensor(output: Any) -> torch.Tensor | None:
+    """The one floating tensor that a module returned, alone or in a tuple; None for anything else."""
+    if isinstance(output, tuple) and type(output) is tuple and len(output) == 1:
+        output = output[0]
+    return output if isinstance(output, torch.Tensor) and output.is_floating_point() else None
+
+
+def _stand_in(call: _Call) -> StandIn:
+    tensor = _single_tensor(call.output)
+    assert tensor is not None
+    return StandIn(call.module, tuple(tensor.shape), isinstance(call.output, tuple))
+
+
+def _outermost(stand_ins: Iterable[StandIn]) -> tuple[StandIn, ...]:
+    """Those whose paths lie within no other's, in order, each once."""
+    unique = list({s.path: s for s in stand_ins}.values())
+    return tuple(s for s in unique if not any(s is not o and _within(s.path, o.path) for o in unique))
+
+
+def _within(path: str, parent: str) -> bool:
+    return path == parent or path.startswith(f"{parent}.")

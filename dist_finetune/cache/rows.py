@@ -1,0 +1,55 @@
+"""Batches of stored activations in the place of token numbers and images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from dist_finetune.cache.cut import ACTIVATION
+from dist_finetune.cache.store import Layout, StoredRows
+from dist_finetune.data.loading import Batch
+
+
+@dataclass(frozen=True)
+class CachedRows(Dataset[Any]):
+    """Row numbers of a split, with what a batch needs beside the activation: the encoded row of a text, or the label."""
+
+    base: Any
+    is_text: bool
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, index: int) -> Any:
+        return index, (self.base[index] if self.is_text else {"label": self.base.labels[index]})
+
+
+@dataclass(frozen=True)
+class CachedCollate:
+    """Collates rows of `CachedRows`: activations (B, T, ...) padded with zeros like the text, or (B, ...)."""
+
+    stored: StoredRows
+    layout: Layout
+    collate_text: Callable[[list[Any]], Batch] | None
+    pads_left: bool
+
+    def __call__(self, rows: list[Any]) -> Batch:
+        if self.collate_text is None:
+            batch: Batch = {"labels": torch.tensor([row["label"] for _, row in rows])}
+        else:
+            batch = self.collate_text([row for _, row in rows])
+        lengths = self.layout.lengths
+        width = () if lengths is None else (batch["inputs"]["input_ids"].shape[1],)
+        activation = torch.zeros(len(rows), *width, *self.layout.piece_shape)
+        for i, (index, _) in enumerate(rows):
+            row = activation[i]
+            if lengths is not None:
+                row = row[-lengths[index] :] if self.pads_left else row[: lengths[index]]
+            self.stored.read_into(index, row)
+        if self.collate_text is None:
+            batch["inputs"] = activation
+        else:
+            batch["inputs"][ACTIVATION] = activation
+        return batch

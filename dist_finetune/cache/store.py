@@ -1,0 +1,152 @@
+"""Stored activations: one folder a key, one flat file a split and writing rank, rows without padding, memory-mapped.
+
+<root>/<key>/meta.json            what it was made from, row shape, number type, shards
+<root>/<key>/train-00000.bin      rows 0, W, 2W, ... of W shards, end to end
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+META = "meta.json"
+NUMPY_TYPES: Mapping[str, type[np.generic]] = {"fp32": np.float32, "bf16": np.uint16}  # numpy has no bf16 of its own
+TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a split lie in its files. A row has `lengths[i]` pieces of `piece_shape` (one where None)."""
+
+    num_rows: int
+    piece_shape: tuple[int, ...]
+    dtype: str
+    num_shards: int
+    lengths: NDArray[np.int32] | None
+
+    @property
+    def piece_elements(self) -> int:
+        return int(np.prod(self.piece_shape, dtype=np.int64))
+
+    def offsets(self, shard: int) -> NDArray[np.int64]:
+        """Element offsets of the rows of a shard, (rows + 1,)."""
+        num_rows = len(range(shard, self.num_rows, self.num_shards))
+        pieces = np.ones(num_rows, np.int64) if self.lengths is None else self.lengths[shard :: self.num_shards]
+        return np.concatenate([[0], np.cumsum(pieces, dtype=np.int64)]) * self.piece_elements
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
+        pieces = self.num_rows if self.lengths is None else int(self.lengths.sum())
+        return pieces * self.piece_elements * np.dtype(NUMPY_TYPES[self.dtype]).itemsize
+
+
+class StoredRows:
+    """Read access to one split. Row i is a tensor (length, *piece_shape), or `piece_shape` where rows have no length."""
+
+    def __init__(self, folder: Path, split: str, layout: Layout) -> None:
+        self._layout = layout
+        self._offsets = [layout.offsets(shard) for shard in range(layout.num_shards)]
+        dtype = NUMPY_TYPES[layout.dtype]
+        self._shards = [
+            np.memmap(shard_path(folder, split, shard), dtype, "r") if self._offsets[shard][-1] else np.empty(0, dtype)
+            for shard in range(layout.num_shards)
+        ]
+
+    def read_into(self, index: int, out: torch.Tensor) -> None:
+        """Copies row `index` into a float32 tensor of the row's shape."""
+        shard, position = index % self._layout.num_shards, index // self._layout.num_shards
+        span = slice(self._offsets[shard][position], self._offsets[shard][position + 1])
+        if self._layout.dtype == "fp32":
+            out.numpy().reshape(-1)[...] = self._shards[shard][span]
+        else:
+            out.view(-1).copy_(torch.from_numpy(self._shards[shard][span].copy()).view(torch.bfloat16))
+
+
+class ShardWriter:
+    """Writes the rows of one shard in any order."""
+
+    def __init__(self, folder: Path, split: str, shard: int, layout: Layout) -> None:
+        self._layout, self._offsets = layout, layout.offsets(shard)
+        self._path = shard_path(folder, split, shard)
+        size = int(self._offsets[-1])
+        self._file = np.memmap(self._path, NUMPY_TYPES[layout.dtype], "w+", shape=(size,)) if size else None
+
+    def write(self, index: int, row: torch.Tensor) -> None:
+        """Stores a row of the split (by its number in the split) in the layout's number type."""
+        assert self._file is not None
+        position = index // self._layout.num_shards
+        flat = row.detach().to("cpu", TORCH_TYPES[self._layout.dtype]).contiguous().view(-1)
+        stored = flat if self._layout.dtype == "fp32" else flat.view(torch.uint16)
+        self._file[self._offsets[position] : self._offsets[position + 1]] = stored.numpy()
+
+    def close(self) -> None:
+        """Flushes everything to the disk."""
+        if self._file is None:
+            self._path.touch()
+        else:
+            self._file.flush()
+            del self._file
+
+
+def shard_path(folder: Path, split: str, shard: int) -> Path:
+    """The file of a split's shard."""
+    return folder / f"{split}-{shard:05d}.bin"
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One stored key, for `cache ls`."""
+
+    key: str
+    num_bytes: int
+    used: float
+    """When it was last opened, seconds since the epoch."""
+    source: str
+
+
+def list_entries(root: Path) -> list[CacheEntry]:
+    """Complete entries, least recently used first."""
+    entries = []
+    for meta in root.glob(f"*/{META}"):
+        folder = meta.parent
+        if not folder.name.startswith("."):
+            size = sum(p.stat().st_size for p in folder.iterdir())
+            source = json.loads(meta.read_text(encoding="utf-8"))["source"]
+            entries.append(CacheEntry(folder.name, size, meta.stat().st_mtime, source))
+    return sorted(entries, key=lambda entry: entry.used)
+
+
+def make_room(root: Path, needed: int, quota: int) -> None:
+    """Deletes least recently used entries until `needed` bytes more keep within `quota`."""
+    entries = list_entries(root)
+    held = sum(entry.num_bytes for entry in entries)
+    for entry in entries:
+        if held + needed <= quota:
+            break
+        shutil.rmtree(root / entry.key, ignore_errors=True)
+        held -= entry.num_bytes
+
+
+def clear(root: Path) -> int:
+    """Deletes every entry and leftover; returns the bytes freed."""
+    freed = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root.is_dir() else 0
+    shutil.rmtree(root, ignore_errors=True)
+    return freed
+
+
+def layout_json(layout: Layout) -> dict[str, Any]:
+    """A layout without its lengths, which follow from the encoded rows."""
+    return {k: v for k, v in asdict(layout).items() if k != "lengths"}
+
+
+def touch(folder: Path) -> None:
+    """Marks an entry as used now."""
+    os.utime(folder / META)
