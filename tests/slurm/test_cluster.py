@@ -1,0 +1,225 @@
+"""Jobs on a real SLURM: two nodes, signals, requeues, arrays, and names that try to break out."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from harness import finish, read_json, torchrun
+from slurm_cluster import SCRIPT, Cluster, WriteConfig, losses, wait_until
+
+pytestmark = pytest.mark.slurm
+
+LONG = {"train": {"epochs": 60, "global_batch_size": 16, "micro_batch_size": 4, "lr": 2e-4, "precision": "fp32"}}
+
+
+def log_of(run: Path, job: str) -> str:
+    return (run / "logs" / f"slurm-{job}.out").read_text(encoding="utf-8")
+
+
+def started(run: Path) -> bool:
+    return (run / "metrics.jsonl").exists() and len(losses(run)) > 0
+
+
+def straight(config: Path, folder: Path) -> dict[int, float]:
+    """Losses of the same run by torchrun on this machine, never interrupted."""
+    done = finish([*torchrun(2), "-m", "dist_finetune", "train", str(config), "output=straight"], 240, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return losses(folder / "straight" / read_json(config)["name"])
+
+
+def test_two_nodes_train_as_one_machine_does(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
+    path = config("pair")
+    job = cluster.submit(tmp_path, str(path), "--nodes", "2", "--gpus-per-node", "0")
+    cluster.wait_for(job, "COMPLETED")
+    run = tmp_path / "runs" / "pair"
+    summary = read_json(run / "summary.json")
+    assert (summary["status"], summary["world_size"], summary["strategy"]) == ("finished", 2, "zero2")
+    assert "2 nodes (n[1-2]) meet at n1:" in log_of(run, job)
+    assert losses(run) == straight(path, tmp_path)
+    submit = (sys.executable, "-m", "dist_finetune", "submit", str(path), "--dry-run")
+    again = cluster.call(*submit, check=False, timeout_s=120, cwd=tmp_path)
+    assert "is finished" in again
+
+
+@pytest.mark.parametrize("tasks_per_node", [1, 2])
+def test_srun_starts_the_worker_itself(
+    cluster: Cluster, config: WriteConfig, tmp_path: Path, tasks_per_node: int
+) -> None:
+    """One task for each process, on two nodes or on one, with no torchrun in between."""
+    path = config(f"srun{tasks_per_node}")
+    nodes = 2 // tasks_per_node
+    cluster.call(
+        "srun", f"--nodes={nodes}", "--ntasks=2", f"--ntasks-per-node={tasks_per_node}", "--cpus-per-task=1",
+        sys.executable, "-m", "dist_finetune", "train", str(path),
+        timeout_s=200, cwd=tmp_path,
+    )  # fmt: skip
+    run = tmp_path / "runs" / f"srun{tasks_per_node}"
+    assert read_json(run / "summary.json")["world_size"] == 2
+    assert losses(run) == straight(path, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["time limit", "scontrol requeue"])
+def test_a_job_that_is_stopped_goes_on_where_it_was(
+    cluster: Cluster, config: WriteConfig, tmp_path: Path, how: str
+) -> None:
+    path = config("again", **LONG, track={"wandb": "offline"})
+    job = cluster.submit(tmp_path, str(path), "--nodes", "2", "--gpus-per-node", "0")
+    run = tmp_path / "runs" / "again"
+    wait_until(lambda: started(run), "the first step")
+    wandb_id = (run / "wandb.json").read_text()
+    if how == "time limit":
+        # What SLURM itself sends to the job's shell before the limit; the real limit takes minutes.
+        cluster.call("scancel", "--signal=USR1", "--batch", job)
+    else:
+        cluster.call("scontrol", "requeue", job)
+    cluster.wait_for(job, "PENDING", timeout_s=90)
+    before = max(losses(run))
+    assert read_json(run / "summary.json")["status"] == "stopped"
+    assert (run / "checkpoints" / f"step-{before:06}" / "COMPLETE").exists(), "saved at the step it stopped at"
+    cluster.wait_for(job, "COMPLETED")
+    log = log_of(run, job)
+    assert "attempt 2 of 4" in log
+    assert ("the time limit is near" in log) == (how == "time limit")
+    assert ("SIGTERM: cancelled, preempted" in log) == (how == "scontrol requeue")
+    assert losses(run) == straight(path, tmp_path), "the numbers of a run that was never stopped"
+    assert (run / "wandb.json").read_text() == wandb_id
+
+
+@pytest.mark.slow
+def test_the_real_time_limit(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
+    path = config("limit", train={**LONG["train"], "epochs": 1500}, slurm={"grace": 50, "max_requeues": 9})
+    job = cluster.submit(tmp_path, str(path), "--nodes", "2", "--gpus-per-node", "0", "--time", "2 min")
+    cluster.wait_for(job, "PENDING", timeout_s=60)
+    run = tmp_path / "runs" / "limit"
+    wait_until(lambda: "queued again" in log_of(run, job), "the time limit")
+    assert read_json(run / "summary.json")["status"] == "stopped"
+    cluster.call("scancel", job)
+
+
+def test_a_more_urgent_job_takes_the_nodes_and_gives_them_back(
+    cluster: Cluster, config: WriteConfig, tmp_path: Path
+) -> None:
+    path = config("preempted", **LONG)
+    job = cluster.submit(tmp_path, str(path), "--nodes", "2", "--gpus-per-node", "0")
+    run = tmp_path / "runs" / "preempted"
+    wait_until(lambda: started(run), "the first step")
+    urgent = cluster.call(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"
+    ).strip()
+    cluster.wait_for(urgent, "COMPLETED", timeout_s=120)
+    assert read_json(run / "summary.json")["status"] == "stopped"
+    cluster.wait_for(job, "COMPLETED")
+    assert "DUE TO PREEMPTION" in log_of(run, job)
+    assert read_json(run / "summary.json")["status"] == "finished"
+    assert sorted(losses(run)) == list(range(1, max(losses(run)) + 1)), "every step once"
+
+
+def test_a_cancelled_job_saves_ends_and_leaves_nothing(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
+    path = config("cancelled", **LONG)
+    job = cluster.submit(tmp_path, str(path), "--nodes", "2", "--gpus-per-node", "0")
+    run = tmp_path / "runs" / "cancelled"
+    wait_until(lambda: started(run), "the first step")
+    cluster.call("scancel", job)
+    cluster.wait_for(job, "CANCELLED", timeout_s=60)
+    wait_until(lambda: not processes_with(str(run)), "the end of every process", timeout_s=45)
+    assert read_json(run / "summary.json")["status"] == "stopped"
+    assert list((run / "checkpoints").glob("step-*/COMPLETE"))
+
+
+def processes_with(word: str) -> list[int]:
+    """Processes that have `word` on their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if word.encode() in (folder / "cmdline").read_bytes() and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+        except OSError:
+            continue  # ended meanwhile
+    return found
+
+
+def test_a_failing_job_ends_at_once_with_the_message(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
+    """Submitted while its data was there; it is gone when the job starts."""
+    data = tmp_path / "rows.csv"
+    data.write_text("text,label\n" + "".join(f"good word {i},a\nbad word {i},b\n" for i in range(40)))
+    path = config("gone", data={"train": str(data), "validation": 0.2})
+    cluster.call("scontrol", "update", "PartitionName=main", "State=DOWN")
+    try:
+        job = cluster.submit(tmp_path, str(path), "--nodes", "2", "--gpus-per-node", "0")
+        data.unlink()
+    finally:
+        cluster.call("scontrol", "update", "PartitionName=main", "State=UP")
+    cluster.wait_for(job, "FAILED", timeout_s=120)
+    log = log_of(tmp_path / "runs" / "gone", job)
+    assert f"error: {data}" in log or "rows.csv" in log
+    assert "failed, exit code 1; the message is above" in log
+    assert "attempt 2" not in log
+
+
+def test_two_jobs_share_two_nodes(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
+    """Their ports differ, so neither takes the other's ranks."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    paths = [config(folder.name, folder) for folder in folders]
+    jobs = [
+        cluster.submit(folder, str(path), "--nodes", "2", "--gpus-per-node", "0")
+        for folder, path in zip(folders, paths, strict=True)
+    ]
+    for job in jobs:
+        cluster.wait_for(job, "COMPLETED")
+    logs = [log_of(folder / "runs" / folder.name, job) for folder, job in zip(folders, jobs, strict=True)]
+    ports = {log.split("meet at n1:")[1].split()[0] for log in logs}
+    assert len(ports) == 2
+    assert losses(folders[0] / "runs" / "one") == losses(folders[1] / "runs" / "two")
+
+
+def test_a_sweep_is_a_job_array(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
+    path = config("sweep")
+    job = cluster.submit(
+        tmp_path, str(path), "--gpus-per-node", "0", "--sweep", "train.lr=1e-4,3e-4", "--sweep", "freeze.layers=0"
+    )
+    cluster.wait_for(job, "COMPLETED")
+    runs = sorted(p.parent for p in (tmp_path / "runs" / "sweep").glob("*/summary.json"))
+    assert [run.name for run in runs] == ["000-lr=1e-4,layers=0", "001-lr=3e-4,layers=0"]
+    assert all(read_json(run / "summary.json")["status"] == "finished" for run in runs)
+    assert losses(runs[0]) != losses(runs[1])
+    logs = sorted(p.name for p in (tmp_path / "runs" / "sweep" / "logs").glob("*.out"))
+    assert logs == [f"slurm-{job}_0.out", f"slurm-{job}_1.out"]
+
+
+@pytest.mark.parametrize(
+    "name", ["with space and 'quotes' \"both\"", "$(touch BROKE)`touch BROKE`;&|#", "ünï-中文-%j-%%", "-n=9 --help"]
+)
+def test_names_that_try_to_break_out(cluster: Cluster, config: WriteConfig, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    path = config(name, folder, train={"max_steps": 2, "global_batch_size": 8})
+    job = cluster.submit(folder, str(path), "--gpus-per-node", "0")
+    cluster.wait_for(job, "COMPLETED")
+    assert read_json(folder / "runs" / name / "summary.json")["status"] == "finished"
+    assert "finished" in log_of(folder / "runs" / name, job)
+    assert not list(tmp_path.rglob("BROKE*"))
+
+
+def test_the_script_for_submitting_by_hand(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
+    path = config("by-hand")
+    script = Path(__file__).parents[2] / "slurm" / "train_cpu.sbatch"
+    job = cluster.call("sbatch", "--parsable", "--time=10", str(script), str(path), "train.max_steps=2", cwd=tmp_path)
+    cluster.wait_for(job.strip(), "COMPLETED")
+    assert read_json(tmp_path / "runs" / "by-hand" / "summary.json")["steps"] == 2
+
+
+def test_a_node_that_dies_gives_the_job_back(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
+    path = config("node", **LONG)
+    job = cluster.submit(tmp_path, str(path), "--nodes", "2", "--gpus-per-node", "0")
+    run = tmp_path / "runs" / "node"
+    wait_until(lambda: started(run), "the first step")
+    cluster.call(str(SCRIPT), "kill-node", str(cluster.folder), "n2")
+    try:
+        cluster.wait_for(job, "PENDING", timeout_s=120)
+    finally:
+        cluster.call("slurmd", "-N", "n2")
+        cluster.call("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)
+    time.sleep(1)
+    cluster.wait_for(job, "COMPLETED")
+    assert read_json(run / "summary.json")["status"] == "finished"
