@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -278,6 +279,24 @@ def inspect(model: Annotated[str, typer.Argument(metavar="MODEL", help="As model
     with torch.device("meta"):
         built = build_model(card, spec, ("0", "1"))
     _show(render_structure(structure_of(built)))
+
+
+@app.command()
+def cache(
+    action: Annotated[Literal["ls", "clear"], typer.Argument(metavar="ls|clear", show_default=False)],
+    folder: Annotated[Path, typer.Option(help="The cache's folder, as cache.folder in a config.")] = Path(
+        "runs/.cache"
+    ),
+) -> None:
+    """List or delete stored activations of frozen prefixes."""
+    from dist_finetune.cache.entries import clear, list_entries
+
+    if action == "clear":
+        typer.echo(f"{clear(folder) / 2**20:,.1f} MiB freed in {folder}")
+        return
+    for entry in list_entries(folder):
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+        typer.echo(f"{entry.key}  {entry.num_bytes / 2**20:>10,.1f} MiB  used {used}  {entry.source}")
 
 
 @app.command()

@@ -18,7 +18,8 @@ def parse_duration_s(value: Any) -> Any:
     return float(found[1]) * SECONDS_PER_UNIT[found[2] or "s"]
 
 
-BYTES_PER_UNIT = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+BINARY_UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+BYTES_PER_UNIT = {"b": 1, "mb": 10**6, "gb": 10**9, "tb": 10**12} | BINARY_UNITS
 
 
 def parse_bytes(value: Any) -> Any:

@@ -36,13 +36,15 @@ def plan_lines(plan: Plan) -> str:
             f"steps     {plan.total_steps} ({batches.steps_per_epoch} an epoch)",
             f"precision {plan.precision} on {plan.topology.device}",
             f"strategy  {plan.strategy}: {plan.strategy_reason}",
-            *(f"cache     {_phase_prefix(plan, i)}{'on' if c.use else 'off'}: {c.reason}" for i, c in enumerate(plan.cache)),
+            *(_cache_line(plan, phase) for phase in plan.phases),
         ]
     )
 
 
-def _phase_prefix(plan: Plan, index: int) -> str:
-    return f"{plan.phases[index].name}: " if len(plan.phases) > 1 else ""
+def _cache_line(plan: Plan, phase: PhasePlan) -> str:
+    decision = plan.cache[phase.index]
+    name = f"{phase.name}: " if len(plan.phases) > 1 else ""
+    return f"cache     {name}{'on' if decision.use else 'off'}: {decision.reason}"
 
 
 def plan_notes(plan: Plan) -> list[str]:

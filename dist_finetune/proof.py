@@ -34,10 +34,10 @@ def digest_frozen(model: nn.Module, manifest: Manifest) -> dict[str, str]:
 
 
 def verify_frozen(engine: "Engine", frozen_digests: Mapping[str, str], world: World) -> tuple[str, ...]:
-    """Compares every frozen tensor and buffer that the ranks hold, on each rank, with its digest; gathers where sharded.
+    """Compares every frozen tensor and buffer that the ranks hold, on each rank, with its digest.
 
-    Returns the names compared: all but those of a cached prefix, which `save_model` compares in the export. Collective.
-    Raises TrainingError that names the tensors that moved, and the rank.
+    Returns the names compared: all but those of a cached prefix, which `save_model` compares in the export. Collective
+    (gathers what is sharded). Raises TrainingError that names the tensors that moved, and the rank.
     """
     tensors = dict(engine.module.named_parameters()) | dict(engine.module.named_buffers())
     held = [name for name in frozen_digests if name in tensors]
@@ -49,7 +49,7 @@ def verify_frozen(engine: "Engine", frozen_digests: Mapping[str, str], world: Wo
     for rank, names in enumerate(gather_objects(moved)):
         if names:
             raise TrainingError(
-                f"{len(names)} frozen tensors changed in training on rank {rank}, first {names[0]}: the run is not to be "
-                "trusted. Something outside the plan wrote to them; nothing was exported."
+                f"{len(names)} frozen tensors changed in training on rank {rank}, first {names[0]}: the run is not to "
+                "be trusted. Something outside the plan wrote to them; nothing was exported."
             )
     return tuple(held)

@@ -36,7 +36,7 @@ def save_model(job: Job, stage: Stage, evaluations: Mapping[str, Evaluation]) ->
 
 
 def _with_dropped(stage: Stage, base: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict with the tensors of a cached prefix put back, each compared with the digest that it was cached at."""
+    """A state dict with the tensors of a cached prefix put back, each compared with its digest."""
     whole = base.state_dict() | stage.dropped
     for name, expected in stage.frozen_digests.items():
         if name not in state and digest_tensor(whole[name]) != expected:

@@ -40,7 +40,8 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
     apply_freeze(model, phase.manifest)
     digests = digest_frozen(model, phase.manifest)
     require_gradients(model, job.splits["train"].first_batch(), job.world)
-    splits, dropped = job.splits, {}
+    splits = job.splits
+    dropped: dict[str, torch.Tensor] = {}
     if job.plan.cache[phase.index].use:
         phase, splits, dropped = _cached(job, phase, model, digests)
     optimizer = build_optimizer(model, phase.groups)

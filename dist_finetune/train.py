@@ -34,7 +34,7 @@ class StepLog:
 
 
 def fit(job: Job, stage: Stage, progress: Progress, saver: Saver, stop: StopWish) -> Evaluation | None:
-    """Trains the phase of `stage` from `progress.step` to its end; returns the last evaluation, None where none was due.
+    """Trains the phase of `stage` from `progress.step` to its end; returns the last evaluation, None without one.
 
     Evaluates at the end of each epoch and of the phase, saves as the config says, and keeps `progress` current. Raises
     TrainingError where a loss or gradient norm is not finite, Stopped (with a checkpoint saved) where told to stop.

@@ -1,4 +1,4 @@
-"""Fills the store: every row once through the frozen prefix, dealt over the ranks; or finds what an earlier run left."""
+"""Fills the store: every row once through the frozen prefix, dealt over the ranks; or finds an earlier run's."""
 
 import hashlib
 import json
@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dist_finetune.cache.cut import Cut, NoCut, find_cut, make_tail, run_prefix
+from dist_finetune.cache.entries import META, make_room, touch
 from dist_finetune.cache.rows import CachedCollate, CachedRows
-from dist_finetune.cache.store import META, Layout, ShardWriter, StoredRows, layout_json, make_room, touch
+from dist_finetune.cache.store import Layout, ShardWriter, StoredRows, layout_json
 from dist_finetune.data.loading import Rows
 from dist_finetune.data.text import TextRows
 from dist_finetune.evaluate import to_device

@@ -167,7 +167,7 @@ class _Skip(nn.Module):
 
 
 class _Inject(nn.Module):
-    """In the place of the module at the cut: returns the stored activation, in the form that the module returned it."""
+    """In the place of the module at the cut: returns the stored activation, in the form that it had."""
 
     def __init__(self, channel: _Channel, stand_in: StandIn) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ def _trace(model: nn.Module, inputs: Inputs) -> list[_Call]:
 
 
 def _is_fixed(module: nn.Module) -> bool:
-    """True where a module gives the same output in every epoch: frozen and in eval mode, or without state and chance."""
+    """True where a module gives the same output in every epoch: frozen, in eval mode, or without state and chance."""
     if any(p.requires_grad for p in module.parameters()):
         return False
     return all(not part.training or not (_has_chance(part) or _has_state(part)) for part in module.modules())

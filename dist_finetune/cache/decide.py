@@ -13,7 +13,7 @@ MIN_PASSES = 1.5  # building is one pass through the prefix: with fewer passes o
 
 @dataclass(frozen=True)
 class CacheDecision:
-    """A phase's cache. Where the model can't be cut after all, or a disk is full, the run says so and goes on without."""
+    """A phase's cache. Where the model can't be cut after all, or a disk is full, the run goes on without."""
 
     use: bool
     reason: str

@@ -14,7 +14,7 @@ from dist_finetune.data.loading import Batch
 
 @dataclass(frozen=True)
 class CachedRows(Dataset[Any]):
-    """Row numbers of a split, with what a batch needs beside the activation: the encoded row of a text, or the label."""
+    """Row numbers of a split, with what a batch needs beside the activation: a text's encoded row, or the label."""
 
     base: Any
     is_text: bool

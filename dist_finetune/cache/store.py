@@ -4,9 +4,6 @@
 <root>/<key>/train-00000.bin      rows 0, W, 2W, ... of W shards, end to end
 """
 
-import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-META = "meta.json"
 NUMPY_TYPES: Mapping[str, type[np.generic]] = {"fp32": np.float32, "bf16": np.uint16}  # numpy has no bf16 of its own
 TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -49,7 +45,7 @@ class Layout:
 
 
 class StoredRows:
-    """Read access to one split. Row i is a tensor (length, *piece_shape), or `piece_shape` where rows have no length."""
+    """Read access to one split. Row i is (length, *piece_shape), or `piece_shape` where rows have no length."""
 
     def __init__(self, folder: Path, split: str, layout: Layout) -> None:
         self._layout = layout
@@ -101,52 +97,6 @@ def shard_path(folder: Path, split: str, shard: int) -> Path:
     return folder / f"{split}-{shard:05d}.bin"
 
 
-@dataclass(frozen=True)
-class CacheEntry:
-    """One stored key, for `cache ls`."""
-
-    key: str
-    num_bytes: int
-    used: float
-    """When it was last opened, seconds since the epoch."""
-    source: str
-
-
-def list_entries(root: Path) -> list[CacheEntry]:
-    """Complete entries, least recently used first."""
-    entries = []
-    for meta in root.glob(f"*/{META}"):
-        folder = meta.parent
-        if not folder.name.startswith("."):
-            size = sum(p.stat().st_size for p in folder.iterdir())
-            source = json.loads(meta.read_text(encoding="utf-8"))["source"]
-            entries.append(CacheEntry(folder.name, size, meta.stat().st_mtime, source))
-    return sorted(entries, key=lambda entry: entry.used)
-
-
-def make_room(root: Path, needed: int, quota: int) -> None:
-    """Deletes least recently used entries until `needed` bytes more keep within `quota`."""
-    entries = list_entries(root)
-    held = sum(entry.num_bytes for entry in entries)
-    for entry in entries:
-        if held + needed <= quota:
-            break
-        shutil.rmtree(root / entry.key, ignore_errors=True)
-        held -= entry.num_bytes
-
-
-def clear(root: Path) -> int:
-    """Deletes every entry and leftover; returns the bytes freed."""
-    freed = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root.is_dir() else 0
-    shutil.rmtree(root, ignore_errors=True)
-    return freed
-
-
 def layout_json(layout: Layout) -> dict[str, Any]:
     """A layout without its lengths, which follow from the encoded rows."""
     return {k: v for k, v in asdict(layout).items() if k != "lengths"}
-
-
-def touch(folder: Path) -> None:
-    """Marks an entry as used now."""
-    os.utime(folder / META)

@@ -1,0 +1,55 @@
+"""The entries of a cache folder: what is there, when it was used, and room for more."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+META = "meta.json"
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One stored key, for `cache ls`."""
+
+    key: str
+    num_bytes: int
+    used: float
+    """When it was last opened, seconds since the epoch."""
+    source: str
+
+
+def list_entries(root: Path) -> list[CacheEntry]:
+    """Complete entries, least recently used first."""
+    entries = []
+    for meta in root.glob(f"*/{META}"):
+        folder = meta.parent
+        if not folder.name.startswith("."):
+            size = sum(p.stat().st_size for p in folder.iterdir())
+            source = json.loads(meta.read_text(encoding="utf-8"))["source"]
+            entries.append(CacheEntry(folder.name, size, meta.stat().st_mtime, source))
+    return sorted(entries, key=lambda entry: entry.used)
+
+
+def make_room(root: Path, needed: int, quota: int) -> None:
+    """Deletes least recently used entries until `needed` bytes more keep within `quota`."""
+    entries = list_entries(root)
+    held = sum(entry.num_bytes for entry in entries)
+    for entry in entries:
+        if held + needed <= quota:
+            break
+        shutil.rmtree(root / entry.key, ignore_errors=True)
+        held -= entry.num_bytes
+
+
+def clear(root: Path) -> int:
+    """Deletes every entry and leftover; returns the bytes freed."""
+    freed = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root.is_dir() else 0
+    shutil.rmtree(root, ignore_errors=True)
+    return freed
+
+
+def touch(folder: Path) -> None:
+    """Marks an entry as used now."""
+    os.utime(folder / META)
