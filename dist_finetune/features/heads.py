@@ -92,16 +92,22 @@ def fit_head(
 
 
 def choose_c(
-    kind: HeadKind, features: Matrix, labels: Labels, num_classes: int, weight: ClassWeight, seed: int
+    kind: HeadKind,
+    features: Matrix,
+    labels: Labels,
+    num_classes: int,
+    weight: ClassWeight,
+    seed: int,
+    grid: Sequence[float] | None = None,
 ) -> tuple[float, float, Matrix, Labels]:
-    """The best C, its out-of-fold accuracy, and out-of-fold scores (n, C) with their labels.
+    """The best C of `grid` (left out: the kind's own), its out-of-fold accuracy, and those scores (n, C) with labels.
 
     Uses at most MAX_CV_ROWS rows. Of equally good values the smallest (the most regularised) wins.
     """
     rows = np.random.default_rng(seed).permutation(len(labels))[:MAX_CV_ROWS]
     features, labels = features[rows], labels[rows]
     found: list[tuple[float, float, Matrix]] = []
-    for value in GRIDS[kind]:
+    for value in grid or GRIDS[kind]:
         scores = out_of_fold(make_head(kind, value, weight, seed), features, labels, num_classes, seed)
         found.append((float(np.mean(scores.argmax(1) == labels)), value, scores))
     accuracy, value, scores = max(found, key=lambda item: (item[0], -item[1]))
