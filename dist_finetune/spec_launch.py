@@ -144,9 +144,9 @@ class CloudSpec(Section):
     volume: Line | None = None
     """A dstack volume or a Kubernetes claim that all machines mount; needed there for more than one machine."""
     image: Line = "pytorch/pytorch:latest"
-    """Container image; the package is installed into it with `install`."""
+    """Container image, where `install` installs the package; for Kubernetes one that has it."""
     install: Line = "pip install ."
-    """Command that installs this package on a machine, in the working folder."""
+    """Command that installs this package on a machine, in a copy of the working folder; in a pod only if given."""
     autostop: Annotated[int, Field(ge=1)] = 10
     """Minutes without work after which the machines are given back."""
     max_hours: Annotated[float, Field(gt=0)] | None = None

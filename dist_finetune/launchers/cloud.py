@@ -258,7 +258,7 @@ def _pod(job: CloudJob, name: str, start: list[str], container: str = "train") -
             {
                 "name": container,
                 "image": job.cloud.image,
-                "command": ["bash", "-euc", _script([job.cloud.install, *_kept(job, "Kubernetes", start)])],
+                "command": ["bash", "-euc", _script([*_pod_install(job.cloud), *_kept(job, "Kubernetes", start)])],
                 "env": _kubernetes_env(job),
                 "resources": _kubernetes_resources(job),
                 "volumeMounts": mounts,
@@ -271,6 +271,11 @@ def _pod(job: CloudJob, name: str, start: list[str], container: str = "train") -
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
         ],
     }
+
+
+def _pod_install(cloud: CloudSpec) -> list[str]:
+    """Pods have no copy of the working folder to install from, so their image has the package unless told otherwise."""
+    return [cloud.install] if "install" in cloud.model_fields_set else []
 
 
 def _kubernetes_env(job: CloudJob) -> list[dict[str, Any]]:
@@ -307,6 +312,10 @@ def _pytorch_job(job: CloudJob, name: str, start: list[str]) -> dict[str, Any]:
 def _train_job(job: CloudJob, name: str, start: list[str]) -> dict[str, Any]:
     pod = _pod(job, name, start, container="node")
     container = pod["containers"][0]
+    patch = {
+        "volumes": pod["volumes"],
+        "containers": [{"name": "node", "volumeMounts": container["volumeMounts"]}],
+    }
     return {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
         "kind": "TrainJob",
@@ -321,14 +330,12 @@ def _train_job(job: CloudJob, name: str, start: list[str]) -> dict[str, Any]:
                 "numProcPerNode": job.processes_per_node,
                 "resourcesPerNode": container["resources"],
             },
-            "podTemplateOverrides": [
-                {
-                    "targetJobs": [{"name": "node"}],
-                    "spec": {
-                        "volumes": pod["volumes"],
-                        "containers": [{"name": "node", "volumeMounts": container["volumeMounts"]}],
-                    },
-                }
-            ],
+            "runtimePatches": [{"manager": "dist-finetune/submit", "trainingRuntimeSpec": _patched("node", patch)}],
         },
     }
+
+
+def _patched(replicated_job: str, pod: dict[str, Any]) -> dict[str, Any]:
+    """A change of the pods of one job of a training runtime, in all that Kubeflow (from Trainer 2.3) wraps it in."""
+    job = {"name": replicated_job, "template": {"spec": {"template": {"spec": pod}}}}
+    return {"template": {"spec": {"replicatedJobs": [job]}}}

@@ -1,0 +1,155 @@
+"""Keeps a run folder in storage that outlives the machine: `python -m dist_finetune.storage URL FOLDER -- COMMAND ...`.
+
+What the storage holds comes first, then the command runs, and what it writes goes out while it runs and once more at
+its end. URL is any that fsspec reads, such as s3://bucket/runs/name; its own package (s3fs, gcsfs) must be there.
+"""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dist_finetune.errors import UserError
+
+PUSH_EVERY_S = 30.0
+MANIFEST = "COMPLETE"  # written last into a checkpoint, and so sent last
+CHECKPOINTS = "checkpoints"
+FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def pull(url: str, folder: Path) -> int:
+    """Copies the files of `url` that `folder` lacks, and returns their number. Checkpoints without manifest stay out.
+
+    Raises UserError where the storage can't be read.
+    """
+    files, root = _open(url)
+    with _worded(url):
+        found = _remote_sizes(files, root)
+        complete = {name.rpartition("/")[0] for name in found if name.endswith(f"/{MANIFEST}")}
+        missing = [
+            name
+            for name, size in found.items()
+            if _wanted(name, complete) and not ((folder / name).exists() and (folder / name).stat().st_size == size)
+        ]
+        for name in sorted(missing, key=_manifest_last):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            files.get_file(f"{root}/{name}", str(folder / name))
+    return len(missing)
+
+
+def push(url: str, folder: Path, sent: dict[str, tuple[int, int]]) -> int:
+    """Copies files of `folder` that changed since they were `sent`, and returns how many; removes old checkpoints.
+
+    A checkpoint goes out once it is complete, its manifest last: storage never holds half a one that looks whole.
+    """
+    files, root = _open(url)
+    present = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    complete = {name.rpartition("/")[0] for name in present if name.endswith(f"/{MANIFEST}")}
+    count = 0
+    with _worded(url):
+        for name in sorted((n for n in present if _wanted(n, complete)), key=_manifest_last):
+            with contextlib.suppress(FileNotFoundError):  # a checkpoint that was rotated away meanwhile
+                stat = present[name].stat()
+                state = (stat.st_size, stat.st_mtime_ns)
+                if sent.get(name) != state:
+                    files.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+                    files.put_file(str(present[name]), f"{root}/{name}")
+                    sent[name] = state
+                    count += 1
+        stored = {_checkpoint(name) for name in _remote_sizes(files, root)} - {None}
+        for checkpoint in stored - {_checkpoint(name) for name in present}:
+            files.rm(f"{root}/{checkpoint}", recursive=True)
+    return count
+
+
+def _open(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        files, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: {error}. Install the package that fsspec names, or use another storage") from None
+    return files, root.rstrip("/")
+
+
+@contextlib.contextmanager
+def _worded(url: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{url}: {error}. Check its name, and the login of this machine") from None
+
+
+def _remote_sizes(files: Any, root: str) -> dict[str, int]:
+    if not files.exists(root):
+        return {}
+    found = files.find(root, detail=True)
+    return {path.removeprefix(root).lstrip("/"): entry["size"] for path, entry in found.items()}
+
+
+def _wanted(name: str, complete: set[str]) -> bool:
+    checkpoint = _checkpoint(name)
+    return checkpoint is None or checkpoint in complete
+
+
+def _checkpoint(name: str) -> str | None:
+    parts = name.split("/")
+    return "/".join(parts[:2]) if parts[0] == CHECKPOINTS and len(parts) > 2 else None
+
+
+def _manifest_last(name: str) -> tuple[bool, str]:
+    return name.endswith(f"/{MANIFEST}"), name
+
+
+def keep(url: str, folder: Path, command: Sequence[str], push_every_s: float = PUSH_EVERY_S) -> int:
+    """Runs `command` between a pull and a last push, with pushes meanwhile; returns its exit code. Signals go to it."""
+    pull(url, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sent: dict[str, tuple[int, int]] = {}
+    ended = threading.Event()
+
+    def follow() -> None:
+        while not ended.wait(push_every_s):
+            try:
+                push(url, folder, sent)
+            except UserError as error:  # a storage that is away for a while must not end training
+                print(f"warning: {error}", file=sys.stderr, flush=True)
+
+    child = subprocess.Popen(command)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED_SIGNALS}
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        code = child.wait()
+    finally:
+        ended.set()
+        follower.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    push(url, folder, sent)
+    return code if code >= 0 else 128 - code
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    if len(arguments) < 4 or arguments[2] != "--":
+        print("usage: python -m dist_finetune.storage URL FOLDER -- COMMAND ...", file=sys.stderr)
+        return 2
+    try:
+        return keep(arguments[0], Path(arguments[1]), arguments[3:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
