@@ -17,7 +17,7 @@ def __getattr__(name: str) -> Any:
 
         return make_plan
     if name == "train":
-        from dist_finetune.run import train
+        from dist_finetune.task import run_task
 
-        return train
+        return run_task
     raise AttributeError(f"module 'dist_finetune' has no attribute {name!r}")

@@ -176,9 +176,42 @@ def train(
 ) -> None:
     """Be one worker of the job that torchrun, accelerate launch, deepspeed or srun started; alone, a job of one."""
     spec = _load(config, overrides)
-    from dist_finetune.run import train as train_rank
+    from dist_finetune.task import run_task
 
-    train_rank(spec, fresh=fresh, changes=changes)
+    run_task(spec, fresh=fresh, changes=changes)
+
+
+@app.command()
+def features(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="Use so many GPUs; left out: all visible ones.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Start so many processes; with GPUs each has one, without any the default is 1.")
+    ] = None,
+    fresh: Fresh = False,
+) -> None:
+    """Extract features at several depths and compare softmax and SVM heads on them; no layer is trained."""
+    arguments = [config, *(overrides or ())]
+    spec = _load(config, overrides)
+    if spec.task != "features":
+        # A config for training can be used as it is: what only training needs is set aside, in a folder of its own.
+        name = f"name={json.dumps(f'{spec.name}-features')}"
+        aside = ["freeze=none", "phases=[]", "strategy=null", "data.augment=false"]
+        arguments += ["task=features", name, *aside]
+        spec = _load(config, arguments[1:])
+    folder = Path(spec.output) / spec.name
+    arguments += ["--fresh"] if fresh else []
+    raise typer.Exit(_launch(arguments, folder, gpus, processes, fresh))
+
+
+@app.command()
+def advise(config: Config, overrides: Overrides = None) -> None:
+    """Measure by probes whether to extract features or to fine-tune, and what; print the config that follows."""
+    spec = _load(config, overrides)
+    from dist_finetune.advise.run import advise as advise_rank
+
+    advise_rank(spec)
 
 
 @app.command()
@@ -194,6 +227,9 @@ def plan(
     """Show what a run would freeze, train and need, without GPU and weights; exit code 1 if it doesn't fit."""
     spec = _load(config, overrides)
     memory = _parse_bytes(gpu_memory) if gpu_memory else None
+    from dist_finetune.task import refuse_unplanned
+
+    refuse_unplanned(spec)
     from dist_finetune.plan import Topology, local_topology, make_plan
     from dist_finetune.plan_text import render_plan
 

@@ -1,0 +1,38 @@
+"""What a worker does with a config: train, or extract features; with `strategy: auto`, measure first."""
+
+from dist_finetune.advise.run import follow_advice
+from dist_finetune.errors import UserError
+from dist_finetune.features.files import FeatureSummary
+from dist_finetune.features.run import compare_heads
+from dist_finetune.run import train
+from dist_finetune.run_folder import Changes
+from dist_finetune.spec import Spec
+from dist_finetune.summary import Summary
+from dist_finetune.world import join_world, leave_world
+
+
+def run_task(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary | FeatureSummary:
+    """Does, as one rank of the job it finds itself in, what `spec` asks for. Raises DistFinetuneError."""
+    if spec.strategy == "auto":
+        # Joined here, the process group lasts from the probes to the end; a second one would need a new rendezvous.
+        world = join_world(spec.launch)
+        try:
+            return run_task(follow_advice(spec), fresh, changes)
+        finally:
+            leave_world(world)
+    if spec.task == "features":
+        return compare_heads(spec, fresh)
+    return train(spec, fresh, changes)
+
+
+def refuse_unplanned(spec: Spec) -> None:
+    """Raises UserError for a config whose run no training plan describes."""
+    if spec.strategy == "auto":
+        raise UserError(
+            "strategy: auto is decided by measuring: run `dist-finetune advise` on this config, then plan the "
+            "advice.yaml that it writes"
+        )
+    if spec.task == "features":
+        raise UserError(
+            "task: features trains no layer, so there is no training to plan; `dist-finetune features` runs it"
+        )
