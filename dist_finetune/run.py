@@ -81,15 +81,18 @@ def _prepare(spec: Spec, world: World, report: Reporter) -> Job:
     """Everything that needs no weights: data, plan, agreement of ranks and launcher with it, encoded rows."""
     report.say(f"reading {', '.join(spec.data.train)}")
     tables = together(lambda: read_tables(spec.data, spec.train.seed))
-    plan = plan_run(spec, local_topology(world.local_world_size, world.num_nodes), tables)
+    topology = local_topology(world.local_world_size, world.num_nodes)
+    plan = together(lambda: plan_run(spec, topology, tables))
     require_same("the plan", plan.digest(), "Give every rank the same config, data and package versions.")
-    brought = refuse_launcher_settings(
-        spec,
-        plan.strategy,
-        plan.precision,
-        micro_batch_size=plan.batches.micro_batch_size,
-        gradient_accumulation_steps=plan.batches.gradient_accumulation_steps,
-        device=plan.topology.device,
+    brought = together(
+        lambda: refuse_launcher_settings(
+            spec,
+            plan.strategy,
+            plan.precision,
+            micro_batch_size=plan.batches.micro_batch_size,
+            gradient_accumulation_steps=plan.batches.gradient_accumulation_steps,
+            device=plan.topology.device,
+        )
     )
     report.say(plan_lines(plan))
     report.notes([*tables.notes, *plan_notes(plan), *brought])
