@@ -19,13 +19,15 @@ BUCKET_ELEMENTS = 50_000_000  # 200 MB of fp32 gradients in flight: large enough
 def deepspeed_settings(
     spec: Spec, strategy: Strategy, batches: "BatchPlan", precision: str, manifest: Manifest
 ) -> dict[str, Any] | None:
-    """The whole config that DeepSpeed gets, with the user's extra keys merged in; None for ddp.
+    """The whole config that DeepSpeed gets, with the user's extra keys merged in; None without it.
 
     Raises UserError where `shard.deepspeed` contradicts the plan or is set for a strategy that does not use DeepSpeed.
     """
-    if strategy == "ddp":
+    if not strategy.startswith("zero"):
         if spec.shard.deepspeed:
-            raise UserError("shard.deepspeed has no effect on strategy ddp; remove it or choose zero1, zero2 or zero3")
+            raise UserError(
+                f"shard.deepspeed has no effect on strategy {strategy}; remove it or choose zero1, zero2 or zero3"
+            )
         return None
     settings: dict[str, Any] = {
         "train_batch_size": batches.global_batch_size,
@@ -36,8 +38,10 @@ def deepspeed_settings(
         "steps_per_print": 1_000_000_000,
         "zero_allow_untested_optimizer": True,
         "communication_data_type": "fp32",
-        "zero_optimization": _zero_section(strategy, manifest),
+        "zero_optimization": _zero_section(spec, strategy, manifest),
     }
+    if spec.shard.offload != "none":
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW runs on the CPU as well, with no compiler
     if precision == "bf16":
         # bf16.enabled would cast norms too; autocast keeps parameters and norms in fp32
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
@@ -45,15 +49,15 @@ def deepspeed_settings(
 
 
 def zero_section(spec: Spec, strategy: Strategy, manifest: Manifest) -> dict[str, Any] | None:
-    """The `zero_optimization` section that DeepSpeed would get under `strategy`, with the user's keys; None for ddp."""
-    if strategy == "ddp":
+    """The `zero_optimization` section of `strategy` with the user's keys; None where DeepSpeed is not used."""
+    if not strategy.startswith("zero"):
         return None
-    section = _zero_section(strategy, manifest)
+    section = _zero_section(spec, strategy, manifest)
     extra = {k: v for k, v in spec.shard.deepspeed.get("zero_optimization", {}).items() if k != "stage"}
     return _merge(section, extra, "shard.deepspeed.zero_optimization")
 
 
-def _zero_section(strategy: Strategy, manifest: Manifest) -> dict[str, Any]:
+def _zero_section(spec: Spec, strategy: Strategy, manifest: Manifest) -> dict[str, Any]:
     sizes = [r.num_elements for r in manifest.records if r.kind == "parameter" and not r.frozen]
     largest = max(r.num_elements for r in manifest.records if r.kind == "parameter")
     bucket = max(max(sizes), min(sum(sizes), BUCKET_ELEMENTS))
@@ -79,6 +83,10 @@ def _zero_section(strategy: Strategy, manifest: Manifest) -> dict[str, Any]:
             "sub_group_size": 1_000_000_000,
             "stage3_gather_16bit_weights_on_model_save": False,
         }
+    if spec.shard.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if spec.shard.offload == "parameters" and stage == 3:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
     return zero
 
 

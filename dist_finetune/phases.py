@@ -34,6 +34,8 @@ class PhasePlan:
     num_steps: int
     warmup_steps: int
     until: Literal["plateau"] | None
+    frozen_dtype: Literal["bf16"] | None = None
+    """What frozen matrices and kernels are kept in; None for fp32."""
 
 
 def plan_phases(
@@ -63,10 +65,20 @@ def plan_phases(
         groups = plan_groups(manifest, structure, train, train.lr or default_lr, since_phase)
         first_step = sum(p.num_steps for p in phases)
         warmup = _warmup_steps(train, num_steps)
-        notes = lint(manifest, structure, model)
+        notes = lint(manifest, structure, model, train.gradient_checkpointing)
         phases.append(
             PhasePlan(
-                index, phase.name, manifest, notes, groups, train.schedule, first_step, num_steps, warmup, phase.until
+                index,
+                phase.name,
+                manifest,
+                notes,
+                groups,
+                train.schedule,
+                first_step,
+                num_steps,
+                warmup,
+                phase.until,
+                phase.freeze.dtype,
             )
         )
     return tuple(phases)

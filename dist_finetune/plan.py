@@ -12,10 +12,12 @@ from typing import Any, Literal
 import torch
 
 from dist_finetune.cache.decide import CacheDecision, decide_cache
+from dist_finetune.combinations import possible_strategies, refuse_impossible
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.deepspeed_settings import deepspeed_settings, zero_section
 from dist_finetune.errors import UserError
 from dist_finetune.freeze import Manifest
+from dist_finetune.fsdp_layout import FrozenLayout, fsdp_section
 from dist_finetune.memory.activations import fake_inputs
 from dist_finetune.memory.choice import USABLE_SHARE, Limits, RankMemory, choose_strategy
 from dist_finetune.memory.costs import Costs, plan_costs
@@ -26,7 +28,7 @@ from dist_finetune.phases import PhasePlan, plan_phases
 from dist_finetune.spec import Spec, Strategy
 
 MAX_TOKENS = 512  # default limit of max_length: what BERT's positions allow
-STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3")
+STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Plan:
     structure: Structure
     phases: tuple[PhasePlan, ...]
     batches: BatchPlan
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "fp16"]
     strategy: Strategy
     strategy_reason: str
     costs: Costs
@@ -180,16 +182,18 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
     rows_per_rank = _rows_per_rank(spec, topology)
     phases = plan_phases(spec, structure, model, _steps_per_epoch(spec, data), card.default_lr)
     precision = _plan_precision(spec, topology)
+    refuse_impossible(spec, topology, precision, structure, phases)
+    strategies = possible_strategies(spec, STRATEGIES, precision, phases)
     limits = Limits(topology.world_size, topology.device, topology.device_memory_bytes, rows_per_rank)
     widest = max(phases, key=lambda phase: phase.manifest.num_trainable)
     costs = plan_costs(
         model,
         structure,
         widest,
-        {strategy: zero_section(spec, strategy, widest.manifest) for strategy in STRATEGIES},
+        {s: _layouts(spec, s, structure, widest.manifest, topology.world_size) for s in strategies},
         limits,
         spec.train.micro_batch_size,
-        precision == "bf16",
+        precision != "fp32",
         fake_inputs(card, data.max_length, data.image_size) if measure else None,
         topology.processes_per_node,
         spec.checkpoint.full,
@@ -203,6 +207,17 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
     return Plan(
         spec, topology, card, data, structure, phases, batches, precision, strategy, reason, costs, deepspeed, cache
     )
+
+
+def _layouts(
+    spec: Spec, strategy: Strategy, structure: Structure, manifest: Manifest, world_size: int
+) -> list[dict[str, Any] | None]:
+    """What a strategy's memory depends on besides sizes; for fsdp one for each way that frozen weights may lie."""
+    if strategy != "fsdp":
+        return [zero_section(spec, strategy, manifest)]
+    ways: tuple[FrozenLayout, ...] = ("replicate", "shard") if spec.shard.frozen == "auto" else (spec.shard.frozen,)
+    offload = spec.shard.offload == "parameters"
+    return [fsdp_section(structure, manifest, world_size, way, offload) for way in ways]
 
 
 def _plan_data(spec: Spec, topology: Topology, tables: Tables, card: ModelCard) -> DataPlan:
@@ -265,10 +280,10 @@ def _plan_batches(spec: Spec, data: DataPlan, rows_per_rank: int, micro: int) ->
     return BatchPlan(train.global_batch_size, micro, rows_per_rank // micro, eval_batch, steps_per_epoch, last)
 
 
-def _plan_precision(spec: Spec, topology: Topology) -> Literal["fp32", "bf16"]:
+def _plan_precision(spec: Spec, topology: Topology) -> Literal["fp32", "bf16", "fp16"]:
     wanted = spec.train.precision
     if wanted == "auto":
         return "bf16" if topology.device == "cuda" and topology.supports_bf16 else "fp32"
     if wanted == "bf16" and not topology.supports_bf16:
-        raise UserError("train.precision: this GPU has no bf16; use fp32")
+        raise UserError("train.precision: this GPU has no bf16; use fp16 or fp32")
     return wanted

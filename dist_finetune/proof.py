@@ -43,8 +43,8 @@ def verify_frozen(engine: "Engine", frozen_digests: Mapping[str, str], world: Wo
     held = [name for name in frozen_digests if name in tensors]
     moved = []
     for name in held:
-        with engine.gathered(tensors[name]):
-            if digest_tensor(tensors[name]) != frozen_digests[name]:
+        with engine.gathered(tensors[name]) as whole:
+            if digest_tensor(whole) != frozen_digests[name]:
                 moved.append(name)
     for rank, names in enumerate(gather_objects(moved)):
         if names:

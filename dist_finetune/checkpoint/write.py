@@ -167,9 +167,9 @@ def snapshot(engine: Engine, world: World, whole: Iterable[tuple[str, torch.Tens
         for kind, moment in f.moments.items():
             tensors[f"{kind}:{f.name}@{f.offset}"] = moment.to("cpu", copy=True)
     for key, tensor in whole:
-        with engine.gathered(tensor):
+        with engine.gathered(tensor) as gathered:
             if world.is_first:
-                tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
+                tensors[key] = gathered.detach().to("cpu", copy=True).contiguous()
     return tensors
 
 

@@ -61,8 +61,8 @@ class Engine(Protocol):
         """Logits (B, num_classes) in fp32 without gradients. Collective where weights are sharded."""
         ...
 
-    def gathered(self, tensor: torch.Tensor) -> AbstractContextManager[Any]:
-        """Within it, the tensor is whole on every rank. Collective where weights are sharded."""
+    def gathered(self, tensor: torch.Tensor) -> AbstractContextManager[torch.Tensor]:
+        """Gives the tensor whole, on every rank, to read within the context. Collective where weights are sharded."""
         ...
 
     def held(self) -> Held:

@@ -14,6 +14,7 @@ from torch import nn
 
 from dist_finetune.engine.base import Engine
 from dist_finetune.engine.ddp import DdpEngine
+from dist_finetune.engine.fsdp import FsdpEngine
 from dist_finetune.engine.zero import ZeroEngine
 from dist_finetune.errors import TrainingError, UserError
 from dist_finetune.freeze import Manifest, check_frozen_flags
@@ -82,14 +83,17 @@ def shard(
     check_frozen_flags(model, phase.manifest)
     _check_optimizer(model, optimizer, phase.manifest)
     model.to(world.device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped, prepared = accelerator.prepare(model, optimizer)
     engine: Engine
-    if plan.strategy == "ddp":
-        engine = DdpEngine(wrapped, model, prepared, plan, accelerator)
+    if plan.strategy == "fsdp":  # torch's own; Accelerate would leave it out on the CPU, without a word
+        engine = FsdpEngine(model, optimizer, plan, phase, world.device)
     else:
-        engine = ZeroEngine(wrapped, model, int(plan.strategy.removeprefix("zero")), accelerator)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped, prepared = accelerator.prepare(model, optimizer)
+        if plan.strategy == "ddp":
+            engine = DdpEngine(wrapped, model, prepared, plan, accelerator)
+        else:
+            engine = ZeroEngine(wrapped, model, int(plan.strategy.removeprefix("zero")), accelerator)
     _check_held(engine, plan.strategy, phase.manifest, world)
     return engine
 

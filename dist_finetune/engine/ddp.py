@@ -1,7 +1,6 @@
 """Plain data parallelism: every rank holds the whole model and its own copy of the optimizer state."""
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from dist_finetune.engine.base import MOMENTS, Fragment, Held, Inputs, adam_state
+from dist_finetune.engine.precision import LossScale, autocast_of
 from dist_finetune.models.sources import forward_logits
 from dist_finetune.plan import Plan
 
@@ -23,9 +23,7 @@ class DdpEngine:
         self.module = module
         self._wrapped, self._optimizer, self._accelerator = wrapped, optimizer.optimizer, accelerator
         self._max_grad_norm = plan.spec.train.max_grad_norm or float("inf")
-        self._autocast = functools.partial(
-            torch.autocast, plan.topology.device, torch.bfloat16, enabled=plan.precision == "bf16"
-        )
+        self._autocast, self._scale = autocast_of(plan), LossScale(plan)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -38,11 +36,13 @@ class DdpEngine:
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         with self._synchronised(is_last):
-            loss.backward()
+            self._scale.apply(loss).backward()
 
     def step(self) -> torch.Tensor | float:
+        self._scale.unscale([p.grad for p in self._parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self._max_grad_norm)
-        self._optimizer.step()
+        if self._scale.allows_step(norm):
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -50,8 +50,8 @@ class DdpEngine:
         with torch.inference_mode(), self._autocast():
             return forward_logits(self.module, inputs).float()
 
-    def gathered(self, tensor: torch.Tensor) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext()
+    def gathered(self, tensor: torch.Tensor) -> AbstractContextManager[torch.Tensor]:
+        return contextlib.nullcontext(tensor)
 
     def held(self) -> Held:
         numels = sum(p.numel() for p in self._parameters())

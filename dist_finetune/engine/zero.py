@@ -6,7 +6,6 @@ parameters laid end to end) or sub-group (stage 3: an even cut of each parameter
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -48,13 +47,15 @@ class ZeroEngine:
         with torch.no_grad() if self._stage == 3 else torch.inference_mode():
             return forward_logits(self._engine, inputs).float()
 
-    def gathered(self, tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def gathered(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         if not hasattr(tensor, "ds_id"):
-            return contextlib.nullcontext()
+            yield tensor
+            return
         import deepspeed
 
-        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor])
-        return context
+        with deepspeed.zero.GatheredParameters([tensor]):
+            yield tensor
 
     def held(self) -> Held:
         zero, world_size = self._zero, dist.get_world_size()

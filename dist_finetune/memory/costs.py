@@ -1,12 +1,13 @@
 """All that a plan says about memory, traffic and compute, put together for one model, freeze and topology."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 
+from dist_finetune.fsdp_layout import FrozenLayout
 from dist_finetune.memory.activations import Pass, fake_pass
 from dist_finetune.memory.choice import Activations, Limits, RankMemory, memory_of
 from dist_finetune.memory.forecast import Forecast, forecast, num_passed_by_backward
@@ -32,13 +33,15 @@ class Costs:
     host_bytes_per_node: int
     """Host memory at load: every rank reads the whole model in fp32 before it is moved or sharded."""
     forecast: Forecast | None
+    frozen_layout: FrozenLayout
+    """Under fsdp: replicated where asked for or where it fits, else shared out."""
 
 
 def plan_costs(
     model: nn.Module,
     structure: Structure,
     phase: PhasePlan,
-    zero: Mapping[Strategy, Mapping[str, Any] | None],
+    layouts: Mapping[Strategy, Sequence[Mapping[str, Any] | None]],
     limits: Limits,
     micro_batch_size: int | Literal["auto"],
     autocast: bool,
@@ -46,26 +49,33 @@ def plan_costs(
     processes_per_node: int,
     full_checkpoint: bool,
 ) -> Costs:
-    """The costs of training `phase` of a model on the meta device, under every strategy that is a key of `zero`.
+    """The costs of training `phase` of a model on the meta device, under every strategy that is a key of `layouts`.
 
-    `zero` holds the section that DeepSpeed would get, None for a strategy without it. `inputs` makes the inputs of so
-    many rows; None leaves out the pass, and with it activations and forecast.
+    `layouts` holds the section that DeepSpeed would get, those of `fsdp_section` (the first that fits is taken, else
+    the last), None for ddp. `inputs` makes the inputs of so many rows; None leaves out the pass, and with it
+    activations and forecast.
     """
     manifest = phase.manifest
     layout = layout_of(model, manifest, [group.names for group in phase.groups], autocast)
     passes = _passes(model, structure, phase, limits, micro_batch_size, autocast, inputs) if inputs else ()
     measured = passes if isinstance(passes, tuple) else ()
     passed = num_passed_by_backward(manifest, structure)
-    memory = {
-        strategy: memory_of(
-            partial(state_bytes, layout, strategy, limits.world_size, section),
-            lambda count, s=strategy, z=section: step_traffic(layout, s, limits.world_size, z, count, passed),  # type: ignore[misc]
-            _fit([(p.micro_batch_size, p.peak_bytes) for p in measured]) if measured else None,
-            limits,
-            micro_batch_size,
-        )
-        for strategy, section in zero.items()
-    }
+    activations = _fit([(p.micro_batch_size, p.peak_bytes) for p in measured]) if measured else None
+    memory: dict[Strategy, RankMemory] = {}
+    frozen_layout: FrozenLayout = "replicate"
+    for strategy, sections in layouts.items():
+        for section in sections:
+            memory[strategy] = memory_of(
+                partial(state_bytes, layout, strategy, limits.world_size, section),
+                lambda count, s=strategy, z=section: step_traffic(layout, s, limits.world_size, z, count, passed),  # type: ignore[misc]
+                activations,
+                limits,
+                micro_batch_size,
+            )
+            if strategy == "fsdp":
+                frozen_layout = (section or {})["frozen_layout"]
+            if memory[strategy].fits is not False:
+                break
     saved = _fit([(p.micro_batch_size, p.saved_bytes) for p in measured]) if measured else None
     return Costs(
         memory=memory,
@@ -74,6 +84,7 @@ def plan_costs(
         checkpoint_bytes=checkpoint_bytes(model, manifest, full_checkpoint),
         host_bytes_per_node=processes_per_node * sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
         forecast=forecast(measured[0], manifest, structure) if measured else None,
+        frozen_layout=frozen_layout,
     )
 
 

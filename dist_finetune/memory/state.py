@@ -7,7 +7,7 @@ shards optimizer state, stage 2 gradients too, stage 3 the weights too; padding 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -95,9 +95,17 @@ def layout_of(model: nn.Module, manifest: Manifest, groups: Sequence[Sequence[st
 def state_bytes(
     layout: Layout, strategy: Strategy, world_size: int, zero: Mapping[str, Any] | None, accumulates: bool
 ) -> StateBytes:
-    """State of a rank under `strategy`. `zero` is the `zero_optimization` section that DeepSpeed gets, None without it;
-    `accumulates` says whether a step takes several micro-batches."""
-    return STATE[strategy](layout, world_size, zero or {}, accumulates)
+    """State of a rank under `strategy`, without what is offloaded to host memory. `zero` is the `zero_optimization`
+    section that DeepSpeed gets, or `fsdp_section`'s answer, None for ddp; `accumulates` says whether a step takes
+    several micro-batches."""
+    settings = zero or {}
+    state = STATE[strategy](layout, world_size, settings, accumulates)
+    if "offload_optimizer" in settings:
+        state = replace(state, optimizer=0, masters=0, padding=0)
+    if "offload_param" in settings or settings.get("offload"):
+        whole = settings.get("whole", 0) * FP32_BYTES
+        state = replace(state, trainable_weights=0, frozen_weights=whole, gradients=0, optimizer=0, padding=0)
+    return state
 
 
 def _ddp(layout: Layout, world_size: int, zero: Mapping[str, Any], accumulates: bool) -> StateBytes:
@@ -163,8 +171,8 @@ def _zero_1_or_2(
 
 
 def _zero3(layout: Layout, world_size: int, zero: Mapping[str, Any], accumulates: bool) -> StateBytes:
-    """Each parameter is cut evenly, padded to a multiple of world size. fp32 weights need no master copy: Adam updates
-    the share itself."""
+    """Each parameter is cut evenly, padded to a multiple of world size. Adam updates a copy of the share even where
+    that is fp32: DeepSpeed means to spare it, but compares a device with its name."""
     shares = [sum(-(-n // world_size) for n in group) for group in layout.groups]
     share = sum(shares) * FP32_BYTES
     frozen = sum(-(-n // world_size) for n in layout.frozen) * FP32_BYTES
@@ -176,11 +184,30 @@ def _zero3(layout: Layout, world_size: int, zero: Mapping[str, Any], accumulates
         frozen_weights=frozen,
         gradients=share,
         optimizer=ADAM_MOMENTS * share + STEP_COUNT_BYTES * len(layout.groups),
-        masters=0,
+        masters=share,
         buffers=layout.buffer_bytes,
         communication=buckets + gathered_elements(layout, zero) * FP32_BYTES,
         update=buckets + max(shares) * FP32_BYTES,
         padding=share - total * FP32_BYTES // world_size + frozen - sum(layout.frozen) * FP32_BYTES // world_size,
+    )
+
+
+def _fsdp(layout: Layout, world_size: int, fsdp: Mapping[str, Any], accumulates: bool) -> StateBytes:
+    """Each parameter is cut along its first dimension; rank 0 has the full shares. `fsdp` is `fsdp_section`'s."""
+    share = int(fsdp["trainable_share"]) * FP32_BYTES
+    frozen = int(fsdp["frozen_share"]) * FP32_BYTES
+    gathered = int(fsdp["gathered"]) * FP32_BYTES
+    waiting = layout.trainable * FP32_BYTES if accumulates and world_size > 1 else 0  # whole, until the one reduction
+    return StateBytes(
+        trainable_weights=share,
+        frozen_weights=frozen,
+        gradients=share,
+        optimizer=ADAM_MOMENTS * share + STEP_COUNT_BYTES * layout.num_trainable_tensors,
+        masters=0,
+        buffers=layout.buffer_bytes,
+        communication=2 * gathered + waiting,  # weights, and as much of gradients on their way
+        update=0,
+        padding=share - layout.trainable * FP32_BYTES // world_size,
     )
 
 
@@ -189,6 +216,7 @@ STATE: dict[Strategy, Callable[[Layout, int, Mapping[str, Any], bool], StateByte
     "zero1": _zero1,
     "zero2": _zero2,
     "zero3": _zero3,
+    "fsdp": _fsdp,
 }
 
 

@@ -21,7 +21,7 @@ def step_traffic(
     """Bytes one rank sends in a step with ring collectives: of n bytes, an all-reduce sends 2n(W-1)/W, a reduce-scatter
     or an all-gather n(W-1)/W.
 
-    DDP and ZeRO-1 reduce once a step, ZeRO-2 and 3 at every micro-batch. `num_passed` counts the weights that the
+    DDP, FSDP and ZeRO-1 reduce once a step, ZeRO-2 and 3 at every micro-batch. `num_passed` counts the weights that the
     backward pass goes through, trained or not: ZeRO-3 fetches those again that it did not keep.
     """
     if world_size == 1:
@@ -35,6 +35,10 @@ def step_traffic(
     elif strategy in ("zero1", "zero2"):
         # DeepSpeed all-reduces a bucket even where only one rank wants the result
         moved = 2 * gradients * (num_micro_batches if strategy == "zero2" else 1) + trainable
+    elif strategy == "fsdp":
+        # each pass gathers a block's weights, forward and backward; gradients are reduced once a step
+        gathered = int((zero or {})["sent"]) * FP32_BYTES
+        moved = 2 * num_micro_batches * gathered + trainable
     else:
         again = max(0, num_passed - gathered_elements(layout, zero or {})) * FP32_BYTES
         moved = num_micro_batches * (gradients + weights + again)

@@ -1,0 +1,115 @@
+"""Settings that can't go together, each with the reason and what would work. Checked before a GPU is taken."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from dist_finetune.errors import UserError
+from dist_finetune.models.structure import Structure
+from dist_finetune.phases import PhasePlan
+from dist_finetune.spec import Spec, Strategy
+
+if TYPE_CHECKING:
+    from dist_finetune.plan import Topology
+
+
+def possible_strategies(
+    spec: Spec, strategies: Sequence[Strategy], precision: str, phases: Sequence[PhasePlan]
+) -> tuple[Strategy, ...]:
+    """Those of `strategies` that can do what the spec asks for, in their order.
+
+    Raises UserError where the one that it names, or any at all, can't.
+    """
+    problems = {s: list(_strategy_problems(spec, s, precision, phases)) for s in strategies}
+    asked = spec.shard.strategy
+    if asked != "auto" and problems[asked]:
+        raise UserError(_listed(problems[asked]))
+    possible = tuple(s for s in strategies if not problems[s])
+    if not possible:
+        raise UserError(_listed([found[0] for found in problems.values()]))
+    return possible
+
+
+def refuse_impossible(
+    spec: Spec, topology: "Topology", precision: str, structure: Structure, phases: Sequence[PhasePlan]
+) -> None:
+    """Raises UserError that names every setting which can't work, or does nothing, whatever the strategy."""
+    problems = list(_problems(spec, topology, precision, structure, phases))
+    if problems:
+        raise UserError(_listed(problems))
+
+
+def _problems(
+    spec: Spec, topology: "Topology", precision: str, structure: Structure, phases: Sequence[PhasePlan]
+) -> Iterator[str]:
+    freezes = any(phase.manifest.frozen for phase in phases)
+    rounded = any(phase.frozen_dtype == "bf16" for phase in phases)
+    if spec.shard.frozen != "auto" and not freezes:
+        yield f"shard.frozen: {spec.shard.frozen} has no effect: nothing is frozen; remove it"
+    if rounded and not freezes:
+        yield "freeze.dtype: bf16 has no effect: nothing is frozen; remove it"
+    elif rounded and precision != "bf16":
+        yield (
+            f"freeze.dtype: bf16 needs train.precision: bf16 (it is {precision}): a matrix product takes both sides in "
+            "one type"
+        )
+    if rounded and spec.checkpoint.full:
+        yield "checkpoint.full would store the rounded weights of freeze.dtype: bf16; leave one of them out"
+    for name in ("gradient_checkpointing", "compile"):
+        if getattr(spec.train, name) and not structure.blocks:
+            yield f"train.{name} works block by block, and no blocks were found in this model; remove it"
+    if spec.train.compile and topology.device == "cpu" and not _has_compiler():
+        yield "train.compile needs a C++ compiler on the CPU, and there is none (g++); install one or leave it out"
+
+
+def _strategy_problems(spec: Spec, strategy: Strategy, precision: str, phases: Sequence[PhasePlan]) -> Iterator[str]:
+    offload, frozen = spec.shard.offload, spec.shard.frozen
+    if offload != "none" and strategy == "ddp":
+        yield (
+            f"shard.offload: {offload} can't work with ddp, whose ranks update whole weights; use zero1 to zero3 or "
+            "fsdp"
+        )
+    if offload == "optimizer" and strategy == "fsdp":
+        yield (
+            "shard.offload: optimizer can't work with fsdp, where a weight and its optimizer state lie together; "
+            "use shard.offload: parameters, or zero1 to zero3"
+        )
+    if offload == "parameters" and strategy in ("zero1", "zero2"):
+        yield (
+            f"shard.offload: parameters can't work with {strategy}, whose ranks hold whole weights; use zero3 or "
+            "fsdp, or shard.offload: optimizer"
+        )
+    if frozen == "shard" and strategy in ("ddp", "zero1", "zero2"):
+        yield f"shard.frozen: shard can't work with {strategy}, whose ranks hold whole weights; use fsdp or zero3"
+    if frozen == "replicate" and strategy == "zero3":
+        yield "shard.frozen: replicate can't work with zero3, which cuts every weight; use fsdp, zero2 or ddp"
+    if precision == "fp16" and strategy.startswith("zero"):
+        yield (
+            f"train.precision: fp16 can't work with {strategy}: DeepSpeed clips gradients before it takes the "
+            "loss scale off them; use ddp or fsdp, or bf16"
+        )
+    if spec.train.compile and strategy == "zero3":
+        yield (
+            "train.compile can't work with zero3, whose hooks fetch weights inside the blocks; use fsdp, "
+            "zero1, zero2 or ddp"
+        )
+    if strategy == "fsdp":
+        scalars = {
+            r.name for p in phases for r in p.manifest.records if not r.frozen and not r.shape and r.kind == "parameter"
+        }
+        if scalars:
+            yield (
+                f"fsdp can't share out {min(scalars)}, a single number that trains; freeze it, or use zero1 to zero3"
+            )
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+
+
+def _listed(problems: Sequence[str]) -> str:
+    unique = list(dict.fromkeys(problems))
+    return (
+        unique[0] if len(unique) == 1 else "\n".join(["settings that can't go together:", *(f"  {p}" for p in unique)])
+    )

@@ -1,0 +1,74 @@
+"""Mixed precision by autocast: weights, gradients and norms stay in fp32, matrix products run in bf16 or fp16."""
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_finetune.errors import TrainingError
+from dist_finetune.freeze import Manifest
+from dist_finetune.plan import Plan
+
+FIRST_SCALE = 2.0**16
+GROWTH_STEPS = 2000
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast_of(plan: Plan) -> Callable[[], AbstractContextManager[Any]]:
+    """What a forward pass runs in."""
+    is_mixed = plan.precision != "fp32"
+    dtype = DTYPES[plan.precision] if is_mixed else torch.bfloat16
+    return functools.partial(torch.autocast, plan.topology.device, dtype, enabled=is_mixed)
+
+
+class LossScale:
+    """Scales the loss in fp16, whose smallest numbers gradients fall below. Halves after gradients that overflowed,
+    whose step is left out at every rank, and doubles after `GROWTH_STEPS` good ones. 1 at other precisions.
+
+    torch's GradScaler looks for overflow in each rank's own gradients; the global norm, which is computed anyway, says
+    it on every rank alike, wherever shards lie.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._is_on = plan.precision == "fp16"
+        self.scale = FIRST_SCALE if self._is_on else 1.0
+        self._good_steps = 0
+
+    def apply(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss whose gradients are taken."""
+        return loss * self.scale if self._is_on else loss
+
+    def unscale(self, grads: Sequence[torch.Tensor]) -> None:
+        """Brings gradients back to their own size, in place; exact, as the scale is a power of two."""
+        if self._is_on:
+            for grad in grads:
+                grad.mul_(1.0 / self.scale)
+
+    def allows_step(self, norm: torch.Tensor) -> bool:
+        """False, and a smaller scale, where gradients of global norm `norm` overflowed. Waits for the device in fp16.
+
+        Raises TrainingError where no scale is small enough.
+        """
+        if not self._is_on:
+            return True
+        if torch.isfinite(norm):
+            self._good_steps += 1
+            if self._good_steps % GROWTH_STEPS == 0:
+                self.scale *= 2.0
+            return True
+        self._good_steps = 0
+        self.scale /= 2.0
+        if self.scale < 1.0:
+            raise TrainingError("train.precision: fp16 can't hold this model's gradients; use bf16 or fp32")
+        return False
+
+
+def cast_frozen(model: nn.Module, manifest: Manifest) -> None:
+    """Keeps frozen matrices and kernels in bf16, in place. Norms and biases, which weigh little, stay in fp32."""
+    frozen = set(manifest.frozen)
+    for name, parameter in model.named_parameters():
+        if name in frozen and parameter.dim() > 1:
+            parameter.data = parameter.data.bfloat16()
