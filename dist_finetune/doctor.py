@@ -68,10 +68,8 @@ def _plan(spec: Spec | None, world: World) -> tuple[Plan | None, Finding | None]
         return None, Finding("fail", "config", str(error), "`dist-finetune plan` shows what this config would do")
     engines = "Accelerate" if plan.strategy == "ddp" else "Accelerate and DeepSpeed"
     text = f"{plan.strategy}, {plan.precision}; {engines} see {world.world_size} process(es) too"
-    needed, limit = plan.memory[plan.strategy].total, topology.device_memory_bytes
-    if limit is not None and needed > limit:
-        text = f"{plan.strategy} needs {needed / 2**30:.1f} GiB a GPU, which has {limit / 2**30:.1f} GiB"
-        return plan, Finding("fail", "config", text, "freeze more, use more GPUs, or shard.strategy=zero3")
+    if plan.misfit:
+        return plan, Finding("fail", "config", plan.misfit)
     return plan, Finding("ok", "config", text)
 
 

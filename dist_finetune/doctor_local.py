@@ -19,7 +19,6 @@ from dist_finetune.plan import Plan
 from dist_finetune.spec import Spec
 
 HUB_TIMEOUT_S = 3.0
-ADAM_BYTES = 12  # a trainable parameter in a checkpoint: its weight and two moments in fp32
 SHM_BYTES = 2**30
 
 
@@ -152,9 +151,9 @@ def disk_finding(spec: Spec | None, plan: Plan | None) -> Finding:
     if spec is None or plan is None:
         return Finding("ok", "disk", f"{_gib(free)} free at {place}")
     manifest = plan.widest.manifest
-    checkpoint = manifest.num_trainable * ADAM_BYTES
     # A new checkpoint is complete before an old one goes; the exported model comes on top.
-    needed = checkpoint * (spec.checkpoint.keep + 1) + (manifest.num_trainable + manifest.num_frozen) * 4
+    model_bytes = (manifest.num_trainable + manifest.num_frozen) * 4
+    needed = plan.costs.checkpoint_bytes * (spec.checkpoint.keep + 1) + model_bytes
     text = f"{_gib(free)} free at {place}, {_gib(needed)} needed ({spec.checkpoint.keep} checkpoints and the model)"
     if free < needed:
         return Finding("fail", "disk", text, "choose another output=..., a smaller checkpoint.keep, or free some space")

@@ -68,7 +68,7 @@ def push(url: str, folder: Path, sent: dict[str, tuple[int, int]]) -> int:
 
 
 def _open(url: str) -> tuple[Any, str]:
-    import fsspec
+    import fsspec  # type: ignore[import-untyped]
 
     try:
         files, root = fsspec.core.url_to_fs(url)

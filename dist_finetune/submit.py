@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from dist_finetune.launchers.slurm import SlurmJob, grace_s, render_job
 from dist_finetune.launchers.sweep import sweep_trials
 from dist_finetune.plan import Plan, Topology, plan_run
 from dist_finetune.plan_text import plan_lines, plan_notes
+from dist_finetune.price import GpuPrice, cost_lines, read_prices
 from dist_finetune.run_folder import LOGS, check_run_folder, folder_of, start_run_folder, write_text
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec, resolved_yaml
+from dist_finetune.task import refuse_unplanned
 
 JOB_FILES = {"slurm": "job.sbatch", "skypilot": "skypilot.yaml", "dstack": "dstack.yaml", "kubernetes": "k8s.yaml"}
-# A checkpoint holds trainable weights and two Adam moments in fp32.
-BYTES_PER_TRAINABLE = 12
 SBATCH_TIMEOUT_S = 120
 
 
@@ -36,14 +36,10 @@ def submit(config: str, overrides: Sequence[str], request: Request, say: Callabl
     or submitted then.
     """
     specs = _specs(config, overrides, request)
+    prices = read_prices(Path(request.price)) if request.price else None
     plans = _plans(specs, request)
-    for spec, plan in zip(specs, plans, strict=True):
-        say(f"{'# ' + spec.name + chr(10) if len(plans) > 1 else ''}{plan_lines(plan)}")
-        for note in plan_notes(plan):
-            say(f"note: {note}")
-        _require_fit(plan)
-        if check_run_folder(spec, request.fresh, "layout") == "finished":
-            raise UserError(f"{folder_of(spec)} is finished; --fresh trains it again, name=... makes another run")
+    for plan in plans:
+        _show_plan(plan, prices, len(plans) > 1, request.fresh, say)
     folder = folder_of(specs[0]).absolute() if len(specs) == 1 else folder_of(specs[0]).absolute().parent
     text = _text(folder, specs, plans, request)
     path = folder / JOB_FILES[request.to]
@@ -54,14 +50,7 @@ def submit(config: str, overrides: Sequence[str], request: Request, say: Callabl
         return plans
     if request.to == "slurm" and shutil.which("sbatch") is None:
         raise UserError("there is no sbatch here: submit on a login node of the cluster, or look with --dry-run")
-    for spec in specs:
-        # The job trains from this copy, so that later edits of the config don't change a job that waits in the queue.
-        if check_run_folder(spec, request.fresh, "layout") == "new":
-            start_run_folder(spec, request.fresh, step=0, evaluated=False)
-        else:
-            write_text(folder_of(spec) / "config.yaml", resolved_yaml(spec))
-    (folder / LOGS).mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    _write(folder, path, text, specs, request.fresh)
     if request.to == "slurm":
         _submit_slurm(path, folder, len(specs) > 1, say)
     else:
@@ -70,9 +59,41 @@ def submit(config: str, overrides: Sequence[str], request: Request, say: Callabl
     return plans
 
 
+def _show_plan(
+    plan: Plan, prices: Mapping[str, GpuPrice] | None, is_one_of_many: bool, fresh: bool, say: Callable[[str], None]
+) -> None:
+    """Says what one run would do; raises where it can't."""
+    spec = plan.spec
+    if is_one_of_many:
+        say(f"\n# {spec.name}")
+    say(plan_lines(plan))
+    for line in [f"note: {note}" for note in plan_notes(plan)] + (cost_lines(plan, prices) if prices else []):
+        say(line)
+    if plan.misfit:
+        raise PlanError(f"{spec.name}: {plan.misfit}")
+    if check_run_folder(spec, fresh, "layout") == "finished":
+        raise UserError(f"{folder_of(spec)} is finished; --fresh trains it again, name=... makes another run")
+
+
+def _write(folder: Path, path: Path, text: str, specs: Sequence[Spec], fresh: bool) -> None:
+    """The run folders with their configs, and the job's file.
+
+    The job trains from these copies, so that later edits of the user's config don't change a job that waits in the
+    queue.
+    """
+    for spec in specs:
+        if check_run_folder(spec, fresh, "layout") == "new":
+            start_run_folder(spec, fresh, step=0, evaluated=False)
+        else:
+            write_text(folder_of(spec) / "config.yaml", resolved_yaml(spec))
+    (folder / LOGS).mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
 def _specs(config: str, overrides: Sequence[str], request: Request) -> list[Spec]:
     """One spec, or those of a sweep, whose folders lie in the folder that the run itself would have had."""
     base = load_spec(config, overrides)
+    refuse_unplanned(base)
     trials = sweep_trials(request.sweep)
     specs = [
         load_spec(config, [*overrides, *trial.overrides]).model_copy(
@@ -86,13 +107,15 @@ def _specs(config: str, overrides: Sequence[str], request: Request) -> list[Spec
 def _plans(specs: Sequence[Spec], request: Request) -> list[Plan]:
     """Runs of a sweep mostly share their data, which is then read once."""
     topology = _topology(specs[0], request)
+    # The model is run on fake tensors where that tells something: what a GPU must hold, or what the run costs.
+    measure = request.price is not None or (request.to != "slurm" and request.gpus_per_node > 0) or None
     read: dict[str, Tables] = {}
     plans = []
     for spec in specs:
         key = f"{spec.data!r} {spec.train.seed}"
         if key not in read:
             read[key] = read_tables(spec.data, spec.train.seed)
-        plans.append(plan_run(spec, topology, read[key]))
+        plans.append(plan_run(spec, topology, read[key], measure=measure))
     return plans
 
 
@@ -100,15 +123,6 @@ def _topology(spec: Spec, request: Request) -> Topology:
     if request.gpus_per_node == 0:
         return Topology(request.nodes, request.processes_per_node or 1, "cpu")
     return Topology(request.nodes, request.gpus_per_node, "cuda", request.gpu_memory_bytes)
-
-
-def _require_fit(plan: Plan) -> None:
-    needed, limit = plan.memory[plan.strategy].total, plan.topology.device_memory_bytes
-    if limit is not None and needed > limit:
-        raise PlanError(
-            f"{plan.spec.name}: {plan.strategy} needs {needed / 2**30:.1f} GiB a GPU before any activation, and a GPU "
-            f"has {limit / 2**30:.1f} GiB: freeze more, use more GPUs, or shard.strategy: zero3"
-        )
 
 
 def _text(folder: Path, specs: Sequence[Spec], plans: Sequence[Plan], request: Request) -> str:
@@ -121,7 +135,7 @@ def _text(folder: Path, specs: Sequence[Spec], plans: Sequence[Plan], request: R
         num_nodes=request.nodes,
         gpus_per_node=request.gpus_per_node,
         processes_per_node=plan.topology.processes_per_node,
-        state_bytes=plan.memory[plan.strategy].total,
+        needed_bytes=plan.memory[plan.strategy].needed,
         gpu_memory_bytes=request.gpu_memory_bytes,
         config=folder / "config.yaml",
         config_text=resolved_yaml(specs[0]),
@@ -134,7 +148,7 @@ def slurm_job(
 ) -> SlurmJob:
     """The job of one run, or of a sweep's runs, in `folder`."""
     site = specs[0].launch.slurm
-    largest = max(plan.widest.manifest.num_trainable for plan in plans) * BYTES_PER_TRAINABLE
+    largest = max(plan.costs.checkpoint_bytes for plan in plans)
     return SlurmJob(
         name=specs[0].name if len(specs) == 1 else folder.name,
         site=site,

@@ -23,8 +23,7 @@ TOOLS = ("skypilot", "dstack", "kubernetes")
 RUNS = "/runs"  # where the machines keep run folders
 CONFIG_ON_MACHINE = "/etc/dist-finetune/config.yaml"
 PORT = 29511  # these machines run nothing else
-# Activations and the allocator come on top of the state that the plan counts.
-STATE_SHARE = 0.5
+USABLE_SHARE = 0.8  # of a GPU's memory; the driver and the allocator take the rest
 MAX_RESTARTS = 100
 
 
@@ -37,10 +36,10 @@ class CloudJob:
     num_nodes: int
     gpus_per_node: int
     processes_per_node: int
-    state_bytes: int
-    """Training state of one rank, by the plan."""
+    needed_bytes: int
+    """What a rank needs at its peak, by the plan."""
     gpu_memory_bytes: int | None
-    """Memory that the user asked a GPU to have; None: twice the state."""
+    """Memory that the user asked a GPU to have; None: what the plan needs, and a share to spare."""
     config: Path
     config_text: str
 
@@ -88,7 +87,7 @@ def resource_name(name: str) -> str:
 
 
 def _memory_gb(job: CloudJob) -> int:
-    wanted = job.gpu_memory_bytes or job.state_bytes / STATE_SHARE
+    wanted = job.gpu_memory_bytes or job.needed_bytes / USABLE_SHARE
     return max(8, math.ceil(wanted / 2**30))
 
 

@@ -90,7 +90,7 @@ def _introduction(job: SlurmJob) -> list[str]:
     ]
 
 
-def _options(job: SlurmJob, time: str) -> list[tuple[str, str | None]]:
+def _options(job: SlurmJob, time: str) -> list[tuple[str, str]]:
     site = job.site
     gpus = f"{site.gpu_type}:{job.gpus_per_node}" if site.gpu_type else str(job.gpus_per_node)
     log = "slurm-%A_%a.out" if job.is_array else "slurm-%j.out"

@@ -1,0 +1,80 @@
+"""Hours and money of a planned run, from its operations and a price list that the user gives.
+
+A price list is YAML, an entry for each GPU, `A100-80GB: {per_hour: 2.10, tflops: 312, efficiency: 0.35}`: the price of
+one for an hour in any currency, its peak at the run's precision, and the share of the peak that training reaches.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from dist_finetune.errors import UserError
+from dist_finetune.plan import Plan
+from dist_finetune.spec_base import Section
+
+
+class GpuPrice(Section):
+    per_hour: Annotated[float, Field(ge=0)]
+    tflops: Annotated[float, Field(gt=0)]
+    efficiency: Annotated[float, Field(gt=0, le=1)] = 0.35
+
+
+@dataclass(frozen=True)
+class Cost:
+    gpu: str
+    hours: float
+    price: float
+
+
+def read_prices(path: Path) -> dict[str, GpuPrice]:
+    """The price list in `path`, by GPU. Raises UserError that names each wrong entry."""
+    try:
+        content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise UserError(f"{path}: no price list that can be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path}: a price list has an entry for each GPU: `A100-80GB: {{per_hour: 2.1, tflops: 312}}`")
+    prices, problems = {}, []
+    for gpu, entry in content.items():
+        try:
+            prices[str(gpu)] = GpuPrice.model_validate(entry)
+        except ValidationError as error:
+            where = ", ".join(f"{'.'.join(map(str, e['loc'])) or 'the entry'}: {e['msg']}" for e in error.errors())
+            problems.append(f"  {gpu}: {where}")
+    if problems:
+        raise UserError(f"{path}: wrong entries, which need per_hour and tflops\n" + "\n".join(problems))
+    return prices
+
+
+def run_costs(plan: Plan, prices: Mapping[str, GpuPrice]) -> list[Cost]:
+    """Hours and price of the whole run on each GPU of the list, cheapest first.
+
+    Raises UserError where the plan could not count the model's operations.
+    """
+    forecast = plan.costs.forecast
+    if forecast is None or not forecast.forward_flops:
+        why = plan.costs.activations_unknown or "its operations could not be counted"
+        raise UserError(f"--price: no time can be told for {plan.card.name}: {why}")
+    # With a cache the frozen prefix runs once, in the first pass over the data, and never again.
+    each = forecast.cached_flops if all(cache.use for cache in plan.cache) else forecast.frozen_flops
+    trained = plan.total_steps * plan.batches.global_batch_size
+    epochs = max(1, round(plan.total_steps / plan.batches.steps_per_epoch))
+    evaluated = plan.data.num_rows.get("validation", 0) * epochs + plan.data.num_rows.get("test", 0)
+    operations = trained * each + evaluated * forecast.forward_flops
+    costs = []
+    for gpu, entry in prices.items():
+        seconds = operations / (entry.tflops * 1e12 * entry.efficiency * plan.topology.world_size)
+        hours = seconds / 3600
+        costs.append(Cost(gpu, hours, hours * entry.per_hour * plan.topology.world_size))
+    return sorted(costs, key=lambda cost: cost.price)
+
+
+def cost_lines(plan: Plan, prices: Mapping[str, GpuPrice]) -> list[str]:
+    """A line for each GPU of the list, cheapest first. Start-up, saving and waiting for data come on top."""
+    num_gpus = plan.topology.world_size
+    return [f"price     {c.gpu} x {num_gpus}: {c.hours:.3g} h, {c.price:.3g}" for c in run_costs(plan, prices)]
