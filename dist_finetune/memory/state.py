@@ -203,7 +203,7 @@ def _fsdp(layout: Layout, world_size: int, fsdp: Mapping[str, Any], accumulates:
         frozen_weights=frozen,
         gradients=share,
         optimizer=ADAM_MOMENTS * share + STEP_COUNT_BYTES * layout.num_trainable_tensors,
-        masters=0,
+        masters=share,
         buffers=layout.buffer_bytes,
         communication=2 * gathered + waiting,  # weights, and as much of gradients on their way
         update=0,
