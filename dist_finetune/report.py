@@ -33,6 +33,7 @@ class Reporter:
         self._is_first = is_first
         self._metrics: Any = None
         self._sinks: list[Sink] = []
+        self._early: list[str] = []
         self._console = Console(file=sys.stdout, quiet=not is_first, soft_wrap=True)
         self._progress: Progress | None = None
         self._total_steps, self._last_line_s = 0, 0.0
@@ -48,6 +49,9 @@ class Reporter:
         logger = logging.getLogger("dist_finetune")
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+        for message in self._early:
+            logger.info(message)
+        self._early = []
 
     def open_trackers(self, spec: Spec, folder: Path, config: dict[str, Any]) -> None:
         """Starts the trackers that `track` asks for."""
@@ -66,7 +70,9 @@ class Reporter:
         if not self._is_first:
             return
         (self._progress.console if self._progress else self._console).print(message, highlight=False)
-        if isinstance(message, str):
+        if isinstance(message, str) and self._metrics is None:
+            self._early.append(message)  # said before there was a run folder
+        elif isinstance(message, str):
             logging.getLogger("dist_finetune").info(message)
 
     def notes(self, messages: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from dist_finetune.cache.cut import Cut, NoCut, find_cut, make_tail, run_prefix
 from dist_finetune.cache.entries import META, make_room, touch
 from dist_finetune.cache.rows import CachedCollate, CachedRows
 from dist_finetune.cache.store import Layout, ShardWriter, StoredRows, layout_json
+from dist_finetune.data.images import ImageRows
 from dist_finetune.data.loading import Rows
 from dist_finetune.data.text import TextRows
 from dist_finetune.evaluate import to_device
@@ -95,12 +96,13 @@ def _build(
 
 def _fill(job: Job, model: nn.Module, cut: Cut, rows: Rows, writer: ShardWriter) -> None:
     """This rank's rows of a split through the prefix, longest first so that batches have little padding."""
-    mine = np.arange(job.world.rank, rows.num_rows, job.world.world_size)
+    mine = np.arange(job.world.rank, rows.num_rows * _num_views(job, rows), job.world.world_size)
     if rows.lengths is not None:
         mine = mine[np.argsort(-rows.lengths[mine], kind="stable")]
     size = job.plan.batches.eval_batch_size
     batches = [mine[i : i + size].tolist() for i in range(0, len(mine), size)]
-    loader = DataLoader(rows.dataset, batch_sampler=batches, collate_fn=rows.collate, num_workers=rows.num_workers)
+    keys = [[(i // rows.num_rows, i % rows.num_rows) for i in ids] if rows.pass_epoch else ids for ids in batches]
+    loader = DataLoader(rows.dataset, batch_sampler=keys, collate_fn=rows.collate, num_workers=rows.num_workers)
     for ids, batch in zip(batches, loader, strict=True):
         with torch.autocast(job.world.device.type, torch.bfloat16, enabled=job.plan.precision == "bf16"):
             activation = run_prefix(model, cut, to_device(batch["inputs"], job.world.device)).float().cpu()
@@ -117,7 +119,13 @@ def _layout(job: Job, model: nn.Module, cut: Cut, rows: Rows) -> Layout:
     shape = cut.at.shape[1:]
     lengths = rows.lengths if _has_length(rows, cut) else None
     piece = shape[1:] if lengths is not None else shape
-    return Layout(rows.num_rows, tuple(piece), job.plan.spec.cache.dtype, job.world.world_size, lengths)
+    num_rows = rows.num_rows * _num_views(job, rows)
+    return Layout(num_rows, tuple(piece), job.plan.spec.cache.dtype, job.world.world_size, lengths)
+
+
+def _num_views(job: Job, rows: Rows) -> int:
+    """Versions of each row: several where it is augmented."""
+    return (job.plan.spec.cache.views or 1) if rows.pass_epoch else 1
 
 
 def _has_length(rows: Rows, cut: Cut) -> bool:
@@ -137,7 +145,8 @@ def _rows(job: Job, folder: Path, name: str, layout: Layout) -> Rows:
     collate = CachedCollate(
         StoredRows(folder, name, layout), layout, rows.collate if is_text else None, _pads_left(rows)
     )
-    return Rows(CachedRows(rows.dataset, is_text), collate, rows.lengths)
+    dataset = CachedRows(rows.dataset, is_text, _num_views(job, rows))
+    return Rows(dataset, collate, rows.lengths, pass_epoch=rows.pass_epoch)
 
 
 def _check_agreement(job: Job, model: nn.Module, cut: Cut, cached: Rows) -> None:
@@ -162,7 +171,7 @@ def _check_agreement(job: Job, model: nn.Module, cut: Cut, cached: Rows) -> None
 
 def _key(job: Job, cut: Cut, frozen_digests: dict[str, str]) -> tuple[str, dict[str, Any]]:
     """Short hash of all that decides what is stored, and what went into it."""
-    encoded = {name: _encoding(rows) for name, rows in job.splits.items()}
+    encoded = {name: _encoding(rows, job.plan.spec.cache.views) for name, rows in job.splits.items()}
     source = {
         "prefix": _hash(sorted((name, frozen_digests.get(name)) for name in cut.dropped)),
         "cut": cut.at.path,
@@ -174,11 +183,12 @@ def _key(job: Job, cut: Cut, frozen_digests: dict[str, str]) -> tuple[str, dict[
     return _hash(source)[:20], source
 
 
-def _encoding(rows: Rows) -> str:
+def _encoding(rows: Rows, views: int | None) -> str:
     """What the prefix reads of a split: a hash of the token numbers, or how images are transformed."""
     if isinstance(rows.dataset, TextRows):
         return hashlib.sha256(rows.dataset.input_ids.tobytes() + rows.dataset.offsets.tobytes()).hexdigest()
-    return _hash([repr(rows.dataset.image_input), rows.num_rows])  # type: ignore[attr-defined]
+    images = cast(ImageRows, rows.dataset)
+    return _hash([repr(images.image_input), rows.num_rows, images.augment and [images.seed, views]])
 
 
 def _hash(value: Any) -> str:

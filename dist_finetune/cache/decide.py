@@ -25,6 +25,8 @@ def decide_cache(spec: Spec, manifest: Manifest, structure: Structure, num_passe
     Raises UserError where `cache: on` asks for what can't be.
     """
     mode = spec.cache.mode
+    if spec.cache.views and not spec.data.augment:
+        raise UserError("cache.views has no effect without data.augment; remove it, or set data.augment: true")
     if mode == "off":
         return CacheDecision(False, "off in the config")
     obstacle = _obstacle(spec, manifest, structure)

@@ -14,16 +14,22 @@ from dist_finetune.data.loading import Batch
 
 @dataclass(frozen=True)
 class CachedRows(Dataset[Any]):
-    """Row numbers of a split, with what a batch needs beside the activation: a text's encoded row, or the label."""
+    """Numbers of stored rows, with what a batch needs beside the activation: a text's encoded row, or the label.
+
+    A key (epoch, row) gives the row's version of that epoch: one of `views`, in turn.
+    """
 
     base: Any
     is_text: bool
+    views: int = 1
 
     def __len__(self) -> int:
         return len(self.base)
 
-    def __getitem__(self, index: int) -> Any:
-        return index, (self.base[index] if self.is_text else {"label": self.base.labels[index]})
+    def __getitem__(self, key: int | tuple[int, int]) -> Any:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        stored = (epoch % self.views) * len(self) + index
+        return stored, (self.base[index] if self.is_text else {"label": self.base.labels[index]})
 
 
 @dataclass(frozen=True)
