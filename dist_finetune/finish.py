@@ -5,6 +5,7 @@ import time
 from dist_finetune.checkpoint.saver import Saver
 from dist_finetune.evaluate import Evaluation, evaluate
 from dist_finetune.job import Job, Progress, Stage
+from dist_finetune.memory.held import planned_and_actual
 from dist_finetune.save import save_model
 from dist_finetune.stage import load_base, open_stage
 from dist_finetune.summary import Summary, summarise
@@ -28,7 +29,8 @@ def finish_run(
         final["test"] = evaluate(stage.engine, stage.splits["test"], job.plan.batches.eval_batch_size, job.world)
     verified = save_model(job, stage, final)
     total_s = time.perf_counter() - started_s
-    summary = summarise(job, progress, kept_step, final, verified, saver.pauses_s, total_s)
+    memory = planned_and_actual(job.plan.memory[job.plan.strategy], stage.engine, job.world)
+    summary = summarise(job, progress, kept_step, final, verified, saver.pauses_s, memory, total_s)
     job.report.finish(summary.to_json(), exit_code=0)
     job.report.say(render_summary(summary))
     stage.engine.close()

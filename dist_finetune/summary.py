@@ -41,6 +41,8 @@ class Summary:
     world_size: int
     strategy: str
     planned_state_bytes: int
+    memory: dict[str, dict[str, int | None]]
+    """Bytes of the rank with most by kind, `planned` for the phase that trains most and `actual` at the end."""
     wandb: str
 
     def to_json(self) -> dict[str, Any]:
@@ -79,6 +81,7 @@ def summarise(
     final: Mapping[str, Evaluation],
     frozen_verified: tuple[str, ...],
     save_pauses_s: Sequence[float],
+    memory: dict[str, dict[str, int | None]],
     total_s: float,
 ) -> Summary:
     """The summary of a finished run; rank 0 writes it. Collective (peak memory is the highest of all ranks)."""
@@ -109,6 +112,7 @@ def summarise(
         world_size=world.world_size,
         strategy=plan.strategy,
         planned_state_bytes=plan.memory[plan.strategy].total,
+        memory=memory,
         wandb=job.report.wandb_mode,
     )
     if world.is_first:

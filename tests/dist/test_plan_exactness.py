@@ -1,0 +1,58 @@
+"""What a plan says a rank holds, against the real engines; the whole matrix is benchmarks/plan_exactness.py."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from harness import REPOSITORY, STRATEGIES, Job, Matrix, finish, read_json
+
+pytestmark = pytest.mark.dist
+STATE = ("trainable_weights", "frozen_weights", "gradients", "optimizer", "masters", "buffers")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_planned_bytes_are_those_of_the_engines(world_size: int, tmp_path: Path):
+    """A BERT and a CNN by two freezes by fp32 and bf16 by strategy; every kind of bytes on its own."""
+    script, rows_file = REPOSITORY / "benchmarks" / "plan_exactness.py", tmp_path / "rows.json"
+    options = ["--quick", f"--worlds={world_size}", f"--json={rows_file}"]
+    done = finish([sys.executable, str(script), *options], 1500, tmp_path)
+    rows = json.loads(rows_file.read_text())
+    assert len(rows) == 2 * 2 * 2 * len(STRATEGIES), done.stderr[-3000:]
+    for row in rows:
+        case = {key: row[key] for key in ("model", "freeze", "precision", "strategy")}
+        planned, real = row["planned"], row["real"]
+        for name in STATE:
+            assert planned[name] == pytest.approx(real[name], rel=0.01), (case, name)
+        assert real["optimizer"] > 0
+        assert planned["saved"] == pytest.approx(real["saved"], rel=0.05), case
+        assert planned["peak"] >= real["peak"], case
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.gpu
+def test_peak_on_a_gpu_stays_below_the_plan(material, runs):
+    """Allocated memory of a whole run on one GPU against the planned peak, with and without frozen layers."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device: torch.cuda.max_memory_allocated is compared with the plan")
+    jobs = [
+        Job(f"gpu-{name}", material.text(freeze=freeze, train={"micro_batch_size": 16, "precision": precision}))
+        for precision in ("fp32", "bf16")
+        for name, freeze in (("all", "none"), ("half", {"embeddings": True, "layers": "0-1"}))
+    ]
+    for run in runs(jobs, 1, CUDA_VISIBLE_DEVICES="0", DS_ACCELERATOR="cuda").values():
+        memory = run.summary["memory"]
+        assert memory["planned"]["peak"] >= memory["actual"]["peak"] > memory["planned"]["total"] * 0.5
+
+
+def test_summary_holds_planned_and_actual_side_by_side(matrix: Matrix):
+    assert len(matrix.all) > 4
+    for name, run in matrix.all.items():
+        memory = run.summary["memory"]
+        assert memory["planned"].keys() == memory["actual"].keys()
+        for kind in ("trainable_weights", "frozen_weights", "optimizer", "masters", "buffers"):
+            assert memory["planned"][kind] == pytest.approx(memory["actual"][kind], rel=0.01, abs=128), (name, kind)
+        assert memory["actual"]["optimizer"] > 0
+        written = read_json(run.folder / "plan.json")["memory"][run.summary["strategy"]]["state"]
+        assert written["optimizer"] == memory["planned"]["optimizer"]
