@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_finetune.data.loading import Rows
 from dist_finetune.engine import Engine
+from dist_finetune.engine.statistics import moving_statistics
 from dist_finetune.models.card import Provenance
 from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
@@ -43,6 +44,18 @@ class Stage:
     """sha256 of every frozen tensor and buffer, also of those that are not held."""
     dropped: dict[str, torch.Tensor]
     """Host copies of tensors that are not held and differ from the base model; mostly none."""
+    rounded: dict[str, str]
+    """sha256 of the frozen tensors that are held in bf16 (`freeze.dtype`), as rounded; the export has the source's."""
+
+    @cached_property
+    def statistics(self) -> list[torch.Tensor]:
+        """Running statistics of BatchNorm that trains, where ranks would move them apart."""
+        return moving_statistics(self.engine.module, self.phase.manifest)
+
+    @property
+    def held_digests(self) -> dict[str, str]:
+        """sha256 of every frozen tensor and buffer as ranks hold it."""
+        return self.frozen_digests | self.rounded
 
     @property
     def has_tail_only(self) -> bool:

@@ -66,7 +66,7 @@ def _train(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: f
             progress.before = evaluate_validation(job, stage, 0).metrics
         while True:
             last = fit(job, stage, progress, saver, stop)
-            verify_frozen(stage.engine, stage.frozen_digests, world)
+            verify_frozen(stage.engine, stage.held_digests, world)
             has_next = stage.phase.index + 1 < len(plan.phases)
             progress.end_phase(stage.phase.name, has_next)
             saver.save(stage, progress)

@@ -24,9 +24,9 @@ def save_model(job: Job, stage: Stage, evaluations: Mapping[str, Evaluation]) ->
     Raises TrainingError where a frozen tensor differs.
     """
     plan, world = job.plan, job.world
-    verify_frozen(stage.engine, stage.frozen_digests, world)
-    state = gather_state(stage.engine, world)
-    if stage.has_tail_only:
+    verify_frozen(stage.engine, stage.held_digests, world)
+    state = {name: t for name, t in gather_state(stage.engine, world).items() if name not in stage.rounded}
+    if stage.has_tail_only or stage.rounded:
         base, _ = load_base(plan)
         state = _with_dropped(stage, base, state) if world.is_first else {}
     folder = job.folder / "model"
@@ -36,7 +36,8 @@ def save_model(job: Job, stage: Stage, evaluations: Mapping[str, Evaluation]) ->
 
 
 def _with_dropped(stage: Stage, base: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict with the tensors of a cached prefix put back, each compared with its digest."""
+    """A state dict with the tensors put back that a cached prefix dropped or that were rounded, each compared with its
+    digest."""
     whole = base.state_dict() | stage.dropped
     for name, expected in stage.frozen_digests.items():
         if name not in state and digest_tensor(whole[name]) != expected:

@@ -15,6 +15,7 @@ from dist_finetune.checkpoint.read import Checkpoint, load_moments, load_weights
 from dist_finetune.checkpoint.saver import Saver
 from dist_finetune.data.loading import Rows
 from dist_finetune.engine import open_accelerator, shard
+from dist_finetune.engine.precision import round_frozen
 from dist_finetune.freeze import apply_freeze
 from dist_finetune.gradients import require_gradients
 from dist_finetune.job import Job, Progress, Stage
@@ -23,7 +24,7 @@ from dist_finetune.models.load import load_model
 from dist_finetune.optim import build_optimizer
 from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
-from dist_finetune.proof import digest_frozen
+from dist_finetune.proof import digest_frozen, digest_tensor
 from dist_finetune.world import together
 
 
@@ -44,11 +45,21 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
     dropped: dict[str, torch.Tensor] = {}
     if job.plan.cache[phase.index].use:
         phase, splits, dropped = _cached(job, phase, model, digests)
+    rounded = _rounded(job, phase, model)
     optimizer = build_optimizer(model, phase.groups)
     engine = shard(model, optimizer, job.plan, phase, accelerator, job.world)
     if checkpoint:
         load_moments(engine, checkpoint, checkpoint.state["adam_steps"])
-    return Stage(phase, engine, splits, digests, dropped)
+    return Stage(phase, engine, splits, digests, dropped, rounded)
+
+
+def _rounded(job: Job, phase: PhasePlan, model: nn.Module) -> dict[str, str]:
+    """Rounds frozen weights where the config asks for it; digests of the rounded tensors, by name."""
+    if phase.frozen_dtype is None:
+        return {}
+    trained = {name for p in job.plan.phases[: phase.index] for name in p.manifest.trainable}
+    names = round_frozen(model, phase.manifest, trained)
+    return {name: digest_tensor(model.get_parameter(name)) for name in names}
 
 
 def _cached(

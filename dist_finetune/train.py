@@ -10,6 +10,8 @@ from torch import nn
 from dist_finetune.checkpoint.saver import Saver
 from dist_finetune.data.batches import StepBatch, training_steps
 from dist_finetune.data.loading import Batch
+from dist_finetune.drift import DriftCheck
+from dist_finetune.engine.statistics import average_statistics
 from dist_finetune.errors import TrainingError
 from dist_finetune.evaluate import Evaluation, all_finite, evaluate, is_better, to_device
 from dist_finetune.freeze import train_mode
@@ -46,6 +48,7 @@ def fit(job: Job, stage: Stage, progress: Progress, saver: Saver, stop: StopWish
         steps = list(_steps_of(job, stage, progress))
         batches = stage.splits["train"].training_batches(steps)
         train_mode(stage.engine.module, stage.phase.manifest)
+        drift = DriftCheck(job.world, progress.step + 1)
         log.started_s = time.perf_counter()
         for step in steps:
             agreed = stop.agreed()
@@ -55,6 +58,7 @@ def fit(job: Job, stage: Stage, progress: Progress, saver: Saver, stop: StopWish
                 saver.save(stage, progress)
             _train_step(job, stage, step, step.step - progress.phase_first_step, batches, log)
             progress.step, progress.evaluated = step.step + 1, not step.ends_epoch
+            drift.after(progress.step, stage.engine)
             if len(log.steps) >= job.plan.spec.train.log_every or step.ends_epoch:
                 _flush(log, job, progress)
             if step.ends_epoch:
@@ -121,6 +125,7 @@ def _train_step(
         engine.backward(loss * (world.world_size / step.num_samples), is_last)
         total += loss.detach()
     log.norms.append(engine.step())
+    average_statistics(stage.statistics)
     log.losses.append(total / step.num_samples)
     log.steps.append((step, lr))
 
@@ -142,7 +147,8 @@ def _flush(log: StepLog, job: Job, progress: Progress) -> None:
     num_trainable = job.plan.phases[progress.phase].manifest.num_trainable
     peak_gib = round(peak_memory_gib(job.world.device), 4)
     for (step, lr), loss, norm in zip(log.steps, losses, norms, strict=True):
-        if not all_finite([loss, norm]):
+        skipped = job.plan.precision == "fp16" and not all_finite([norm])  # a smaller loss scale comes next
+        if not all_finite([loss]) or not (skipped or all_finite([norm])):
             raise TrainingError(
                 f"step {step.step + 1}: train/loss is {loss}, train/grad_norm is {norm}. Lower train.lr "
                 f"(now {lr:.3g}), raise train.warmup, or use train.precision=fp32"
@@ -152,7 +158,7 @@ def _flush(log: StepLog, job: Job, progress: Progress) -> None:
             {
                 "train/loss": loss,
                 "train/lr": lr,
-                "train/grad_norm": norm,
+                **({"train/skipped": 1} if skipped else {"train/grad_norm": norm}),
                 "perf/samples_per_s": samples / elapsed,
                 "perf/step_s": elapsed / len(log.steps),
                 "progress/epoch": (step.step + 1) / job.plan.batches.steps_per_epoch,

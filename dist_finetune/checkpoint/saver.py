@@ -42,7 +42,7 @@ class Saver:
         if self._saved_step == progress.step:
             return
         self._saved_step = progress.step
-        verify_frozen(stage.engine, stage.frozen_digests, self._job.world)
+        verify_frozen(stage.engine, stage.held_digests, self._job.world)
         tensors = snapshot(stage.engine, self._job.world, self._whole(stage))
         self._writer.save(progress.step, tensors, self._state(stage.engine, progress))
 

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from dist_finetune.engine.base import Engine
+from dist_finetune.engine.blocks import prepare_blocks
 from dist_finetune.engine.ddp import DdpEngine
 from dist_finetune.engine.fsdp import FsdpEngine
+from dist_finetune.engine.statistics import synchronise_batchnorm
 from dist_finetune.engine.zero import ZeroEngine
 from dist_finetune.errors import TrainingError, UserError
 from dist_finetune.freeze import Manifest, check_frozen_flags
@@ -34,14 +36,16 @@ def open_accelerator(plan: Plan, phase: PhasePlan, world: World) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState, GradientState
 
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have left one
         GradientState._reset_state()
         settings = plan.deepspeed[phase.index]
         if settings is None:
-            accelerator = Accelerator(cpu=world.device.type == "cpu")
+            # buffers are ours to keep alike, see engine/statistics.py
+            own = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+            accelerator = Accelerator(cpu=world.device.type == "cpu", kwargs_handlers=own)
             seen = {"Accelerate": accelerator.num_processes}
         else:
             import deepspeed
@@ -83,6 +87,9 @@ def shard(
     check_frozen_flags(model, phase.manifest)
     _check_optimizer(model, optimizer, phase.manifest)
     model.to(world.device)
+    if world.device.type == "cuda" and world.world_size > 1:
+        synchronise_batchnorm(model, phase.manifest)
+    prepare_blocks(model, plan, phase)
     engine: Engine
     if plan.strategy == "fsdp":  # torch's own; Accelerate would leave it out on the CPU, without a word
         engine = FsdpEngine(model, optimizer, plan, phase, world.device)

@@ -1,7 +1,7 @@
 """Mixed precision by autocast: weights, gradients and norms stay in fp32, matrix products run in bf16 or fp16."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -66,9 +66,11 @@ class LossScale:
         return False
 
 
-def cast_frozen(model: nn.Module, manifest: Manifest) -> None:
-    """Keeps frozen matrices and kernels in bf16, in place. Norms and biases, which weigh little, stay in fp32."""
-    frozen = set(manifest.frozen)
-    for name, parameter in model.named_parameters():
-        if name in frozen and parameter.dim() > 1:
-            parameter.data = parameter.data.bfloat16()
+def round_frozen(model: nn.Module, manifest: Manifest, trained: Collection[str]) -> tuple[str, ...]:
+    """Rounds frozen matrices and kernels to bf16, in place; returns their names. Norms and biases, which weigh little,
+    stay in fp32, and so do those that `trained` in an earlier phase: no source has them."""
+    names = set(manifest.frozen) - set(trained)
+    rounded = {name: p for name, p in model.named_parameters() if name in names and p.dim() > 1}
+    for parameter in rounded.values():
+        parameter.data = parameter.data.bfloat16()
+    return tuple(rounded)
