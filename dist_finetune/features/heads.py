@@ -85,7 +85,8 @@ def fit_head(
     started_s = time.perf_counter()
     best, accuracy, held_scores, held_labels = choose_c(kind, features, labels, num_classes, weight, seed)
     estimator = make_head(kind, best, weight, seed)
-    converged = _fit(estimator, features, labels)
+    # In float32, standardised features and so scikit-learn's predictions would carry rounding errors of their own.
+    converged = _fit(estimator, features.astype(np.float64), labels)
     temperature = fit_temperature(held_scores, held_labels)
     linear = None if kind == "rbf-svm" else as_linear(estimator, temperature)
     fit_s = time.perf_counter() - started_s
@@ -106,7 +107,7 @@ def choose_c(
     Uses at most MAX_CV_ROWS rows. Of equally good values the smallest (the most regularised) wins.
     """
     rows = np.random.default_rng(seed).permutation(len(labels))[:MAX_CV_ROWS]
-    features, labels = features[rows], labels[rows]
+    features, labels = features[rows].astype(np.float64), labels[rows]
     found: list[tuple[float, float, Matrix]] = []
     for value in grid or GRIDS[kind]:
         scores = out_of_fold(make_head(kind, value, weight, seed), features, labels, num_classes, seed)
@@ -147,7 +148,7 @@ def make_head(kind: HeadKind, value: float, weight: ClassWeight, seed: int) -> P
 
 def class_scores(estimator: Any, features: Matrix, num_classes: int) -> Matrix:
     """Decision values (N, C); two classes' one value f becomes (0, f), a class that was not in training gets -inf."""
-    values = estimator.decision_function(features)
+    values = estimator.decision_function(features.astype(np.float64))
     if values.ndim == 1:
         values = np.stack([np.zeros_like(values), values], axis=1)
     scores = np.full((len(values), num_classes), -np.inf)

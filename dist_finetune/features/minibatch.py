@@ -16,7 +16,7 @@ from dist_finetune.spec_features import HeadKind
 
 WEIGHT_DECAYS = (1e-5, 1e-3, 1e-1)
 BATCH_SIZE = 1024
-NUM_EPOCHS = 8
+MIN_EPOCHS, MIN_STEPS = 8, 1000
 LR = 1e-2
 SHARDS_AT_ONCE = 4  # rows are shuffled within so many shards
 HELD_OUT = 10  # every tenth row chooses the weight decay
@@ -35,9 +35,10 @@ def fit_minibatch(
     bias = torch.zeros(len(WEIGHT_DECAYS), num_classes, requires_grad=True)
     decays = torch.tensor(WEIGHT_DECAYS)[:, None, None]
     optimizer = torch.optim.Adam([stacked, bias], lr=LR)
-    total = NUM_EPOCHS * max(1, num_rows // BATCH_SIZE)
+    num_epochs = max(MIN_EPOCHS, -(-MIN_STEPS * BATCH_SIZE // num_rows))
+    total = num_epochs * max(1, num_rows // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.01, 1 - step / total))
-    for epoch in range(NUM_EPOCHS):
+    for epoch in range(num_epochs):
         for features, labels in _batches(store, depth, mean, scale, seed * 1000 + epoch):
             scores = torch.einsum("nd,kcd->nkc", features, stacked) + bias
             losses = _losses(kind, scores, labels, class_weights)

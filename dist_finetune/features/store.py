@@ -78,13 +78,12 @@ class Store:
 
     def shards(self, split: str, depth: str) -> Iterator[tuple[Ids, Vectors, Ids]]:
         """Row numbers (n,), features (n, D) and labels (n,), shard after shard."""
-        for number in range(len(self.paths(split))):
-            yield self.shard(split, number, depth)
+        for path in self.paths(split):
+            yield _read(path, depth)
 
     def shard(self, split: str, number: int, depth: str) -> tuple[Ids, Vectors, Ids]:
         """One of them."""
-        with safe_open(self.path(split, number), "np") as file:
-            return file.get_tensor("ids"), file.get_tensor(depth), file.get_tensor("labels")
+        return _read(self.path(split, number), depth)
 
     def paths(self, split: str) -> Sequence[Path]:
         """The split's shards, in order."""
@@ -103,6 +102,11 @@ class Store:
         vectors = np.concatenate([features for _, features, _ in parts])[back]
         labels = np.concatenate([labels for _, _, labels in parts])[back]
         return vectors, labels
+
+
+def _read(path: Path, depth: str) -> tuple[Ids, Vectors, Ids]:
+    with safe_open(path, "np") as file:
+        return file.get_tensor("ids"), file.get_tensor(depth), file.get_tensor("labels")
 
 
 def key_value(value: Any) -> str:
