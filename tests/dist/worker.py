@@ -15,14 +15,14 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch.distributed as dist
 
 from dist_finetune.errors import DistFinetuneError
-from dist_finetune.run import train
 from dist_finetune.spec_file import load_spec
+from dist_finetune.task import run_task
 
 
 def run_job(job: dict[str, Any], rank: int) -> dict[str, Any]:
     overrides = [*job.get("overrides", ()), *job.get("by_rank", {}).get(str(rank), ())]
     try:
-        return {"summary": train(load_spec(job["config"], overrides)).to_json()}
+        return {"summary": run_task(load_spec(job["config"], overrides)).to_json()}
     except DistFinetuneError as error:
         return {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
 
