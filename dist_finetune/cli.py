@@ -137,6 +137,25 @@ def resume(
 
 
 @app.command()
+def selfcheck(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="Compare one GPU with so many; left out: all visible ones.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Compare one process with so many; without GPUs the default is 2.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to compare.")] = 20,
+) -> None:
+    """Train a config's first steps on one process and on several, and say whether the numbers are the same."""
+    from dist_finetune.selfcheck import check_config
+
+    _load(config, overrides)
+    found = check_config(config, overrides or (), gpus, processes, steps)
+    typer.echo(found.lines())
+    raise typer.Exit(0 if found.parted is None else 1)
+
+
+@app.command()
 def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", show_default=False)]) -> None:
     """Check files and hashes of a run's checkpoints (or of one), and say what could be resumed."""
     from dist_finetune.checkpoint.verify import verify_path

@@ -1,0 +1,1 @@
+"""The invariance suite: cases, what they train, how outcomes are compared. See test_invariance.py."""

@@ -1,0 +1,75 @@
+"""The same numbers however a training is run: models by freezes by strategies by processes by accumulation by rows.
+
+`benchmarks/invariance.py` runs the full product and prints a table.
+"""
+
+from pathlib import Path
+
+import pytest
+from invariance.cases import FREEZES, MODELS, ROWS, STRATEGIES, WORLD_SIZES, Case, few, full_product, pairwise
+from invariance.compare import TOLERANCES, Outcome, beyond, compare
+from invariance.suite import run_cases
+
+pytestmark = pytest.mark.dist
+
+NUM_FEW, NUM_PAIRWISE = 30, 150
+
+
+def _check(cases: list[Case], folder: Path, timeout_s: float) -> None:
+    results = run_cases(cases, folder, timeout_s)
+    problems = [f"{result.case.name}: {result.problem}" for result in results if result.problem]
+    assert not problems, "\n".join(problems)
+    compared = [result for result in results if result.distance]
+    assert {result.case for result in compared} >= {case for case in cases if case.strategy != "ddp"}
+
+
+def test_a_few_ways_at_one_and_two_processes(tmp_path: Path) -> None:
+    _check(few(NUM_FEW), tmp_path, 900)
+
+
+@pytest.mark.slow
+def test_every_pair_of_choices(tmp_path: Path) -> None:
+    _check(pairwise(NUM_PAIRWISE), tmp_path, 1800)
+
+
+def test_covers_hold_what_they_promise() -> None:
+    product, cover, small = full_product(), pairwise(NUM_PAIRWISE), few(NUM_FEW)
+    assert len(product) > 3000
+    assert len(cover) == len(set(cover)) == NUM_PAIRWISE
+    assert {(c.freeze, c.strategy) for c in product} == {(c.freeze, c.strategy) for c in cover}
+    assert {(c.model, c.strategy) for c in cover} == {(m, s) for m in MODELS for s in STRATEGIES}
+    assert {(c.strategy, c.world_size) for c in cover} == {(s, w) for s in STRATEGIES for w in WORLD_SIZES}
+    assert {c.freeze for c in small} == set(FREEZES)
+    assert {c.strategy for c in small} == set(STRATEGIES)
+    assert {c.rows for c in small} == set(ROWS)
+
+
+def test_a_difference_is_seen() -> None:
+    """The comparison itself: one value changed at a time, each just beyond its tolerance."""
+    import torch
+
+    def outcome(**changes: object) -> Outcome:
+        base = {
+            "ids": [[0, 1]], "lr": [1e-4], "loss": [1.0], "grad_norm": [2.0], "metrics": [[1.0, 0.5, 0.5]],
+            "tensors": {"weight:a": torch.ones(2), "frozen:b": torch.ones(2), "logits": torch.tensor([[1.0, 1.00005]])},
+        }  # fmt: skip
+        return Outcome(**{**base, **changes})  # type: ignore[arg-type]
+
+    tensors = outcome().tensors
+    changed = {
+        "ids": outcome(ids=[[0, 2]]),
+        "lr": outcome(lr=[1.0001e-4]),
+        "loss": outcome(loss=[1.00002]),
+        "grad_norm": outcome(grad_norm=[2.0002]),
+        "logits": outcome(tensors={**tensors, "logits": torch.tensor([[0.9, 1.00005]])}),
+        "predictions": outcome(tensors={**tensors, "logits": torch.tensor([[1.0, 0.99995]])}),
+        "metrics": outcome(metrics=[[1.0, 0.6, 0.5]]),
+        "weights": outcome(tensors={**tensors, "weight:a": torch.ones(2) + 2e-4}),
+        "frozen": outcome(tensors={**tensors, "frozen:b": torch.ones(2) + 1e-7}),
+    }
+    assert changed.keys() == TOLERANCES.keys()
+    assert beyond(compare(outcome(), outcome())) == {}
+    for key, other in changed.items():
+        assert list(beyond(compare(other, outcome()))) == [key], key
+    assert set(beyond(compare(outcome(loss=[float("nan")]), outcome()))) == {"loss"}
+    assert set(beyond(compare(outcome(loss=[1.0, 1.0]), outcome()))) == set(TOLERANCES)
