@@ -1,0 +1,186 @@
+"""Advice follows from what was measured: LogME is the maximised evidence, each situation has its own config."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from scipy.optimize import minimize
+from scipy.stats import multivariate_normal
+
+from dist_finetune.advise.costs import merged
+from dist_finetune.advise.logme import logme
+from dist_finetune.advise.probes import MAX_ROWS, Evidence, Probe, depth_words, sample_tables
+from dist_finetune.advise.run import follow_advice
+from dist_finetune.advise.situation import choices, judge
+from dist_finetune.advise.text import config_block, plot_probes, ready_yaml
+from dist_finetune.data.tables import Tables
+from dist_finetune.errors import UserError
+from dist_finetune.spec import Spec
+from dist_finetune.spec_file import load_spec
+from dist_finetune.task import refuse_unplanned
+
+
+def spec_of(**more: Any) -> Spec:
+    return load_spec({"model": {"name": "demo:minilm"}, "data": {"train": "rows.csv"}, "name": "x", **more})
+
+
+def evidence(accuracies: list[float], num_rows: int = 400, num_classes: int = 2) -> Evidence:
+    """Stem, four blocks and head with these probe accuracies."""
+    words = ["stem", "0", "1", "2", "3", "head"]
+    probes = tuple(
+        Probe(
+            depth=word if word.isalpha() else f"block {word}",
+            word=word,
+            position={"stem": 0.0, "head": 1.0}.get(word, (i) / 4),
+            accuracy=accuracy,
+            standard_error=float(np.sqrt(accuracy * (1 - accuracy) / num_rows)),
+            logme=accuracy,
+        )
+        for i, (word, accuracy) in enumerate(zip(words, accuracies, strict=True))
+    )
+    share = num_rows // num_classes
+    return Evidence("text", num_rows, num_classes, share, share, min(num_rows, 2000), probes, 0.5, 0.01)
+
+
+RISING = [0.5, 0.6, 0.7, 0.8, 0.9, 0.85]
+PEAKED = [0.5, 0.6, 0.9, 0.7, 0.6, 0.55]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "num_rows", "situation", "choice"),
+    [
+        (RISING, 400, "small and similar", "features-last"),
+        (PEAKED, 400, "small and different", "features-best"),
+        (RISING, 5000, "large and similar", "fine-tune-top"),
+        (PEAKED, 5000, "large and different", "fine-tune-all"),
+    ],
+)
+def test_each_situation_follows_from_size_and_the_curves_peak(
+    accuracies: list[float], num_rows: int, situation: str, choice: str
+) -> None:
+    found = judge(evidence(accuracies, num_rows), depth=4, default_lr=5e-5)
+    assert (found.situation, found.choice) == (situation, choice)
+    assert found.config == choices(evidence(accuracies, num_rows), 4, 5e-5)[choice]
+    assert found.reasons[0].startswith(situation.split()[0])
+    assert found.reasons[1].startswith(situation.split()[2])
+
+
+def test_the_depth_of_the_features_is_the_peaks() -> None:
+    assert judge(evidence(PEAKED), 4, 5e-5).config["features"]["at"] == ["1", "head"]
+    assert judge(evidence(RISING), 4, 5e-5).config["features"]["at"] == ["3", "head"]
+
+
+def test_a_peak_within_chance_is_none() -> None:
+    close = [0.5, 0.6, 0.81, 0.8, 0.79, 0.7]
+    assert "similar" in judge(evidence(close, 400), 4, 5e-5).situation
+    assert "different" in judge(evidence(close, 40_000), 4, 5e-5).situation
+
+
+def test_many_rows_over_very_many_classes_are_no_large_data() -> None:
+    assert judge(evidence(RISING, 5000, 200), 4, 5e-5).situation.startswith("small")
+
+
+def test_nothing_is_trained_where_the_probe_leaves_nothing_to_win() -> None:
+    found = judge(evidence([0.5, 0.9, 0.95, 0.99, 0.995, 0.99], 5000), 4, 5e-5)
+    assert found.choice == "features-last"
+    assert "next to nothing to win" in found.reasons[2]
+
+
+@pytest.mark.parametrize("name", ["features-last", "features-best", "fine-tune-top", "fine-tune-all"])
+@pytest.mark.parametrize("depth", [1, 4, 24])
+def test_every_choice_is_a_valid_config(name: str, depth: int) -> None:
+    part = choices(evidence(RISING), depth, 5e-5)[name]
+    spec = merged(spec_of(strategy="auto"), part)
+    assert spec.strategy is None
+    assert (spec.task == "features") == name.startswith("features")
+    assert len(spec.phases) == (0 if spec.task else 2)
+
+
+def test_the_lower_half_is_frozen_in_the_middle_way() -> None:
+    top = choices(evidence(RISING), 12, 5e-5)["fine-tune-top"]["phases"][1]
+    assert top["freeze"] == {"embeddings": True, "layers": "first 6"}
+    assert choices(evidence(RISING), 1, 5e-5)["fine-tune-top"]["phases"][1]["freeze"] == {"embeddings": True}
+
+
+def test_augmentation_is_left_out_where_features_are_extracted() -> None:
+    part = choices(evidence(RISING), 4, 5e-5)["features-last"]
+    assert merged(spec_of(data={"train": "folder", "augment": True}), part).data.augment is False
+
+
+@pytest.mark.parametrize("more", [{"freeze": "backbone"}, {"phases": "gradual"}, {"task": "features"}])
+def test_auto_does_not_overrule_what_the_user_decided(more: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"strategy: auto .*{next(iter(more))}"):
+        follow_advice(spec_of(strategy="auto", **more))
+
+
+def test_what_is_not_known_yet_is_not_planned() -> None:
+    with pytest.raises(UserError, match="dist-finetune advise"):
+        refuse_unplanned(spec_of(strategy="auto"))
+    with pytest.raises(UserError, match="dist-finetune features"):
+        refuse_unplanned(spec_of(task="features"))
+    refuse_unplanned(spec_of())
+
+
+@pytest.mark.parametrize("num_features", [3, 40])
+def test_logme_is_the_evidence_at_its_maximum(num_features: int) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(30) % 2
+    features = rng.normal(size=(30, num_features)) + labels[:, None]
+    centred = features - features.mean(0)
+    centred /= np.sqrt(np.mean(centred**2))
+    target = (labels == 1) - 0.5
+
+    def loss(logs: Any) -> float:
+        covariance = np.exp(logs[0]) * centred @ centred.T + np.exp(logs[1]) * np.eye(30)
+        return -float(multivariate_normal(np.zeros(30), covariance).logpdf(target))
+
+    best = min((minimize(loss, start, method="Nelder-Mead") for start in ([0, 0], [-3, -2])), key=lambda r: r.fun)
+    assert logme(features, labels, 2) == pytest.approx(-best.fun / 30, abs=2e-3)
+
+
+def test_logme_prefers_features_that_tell_the_classes_apart() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    noise = rng.normal(size=(300, 20))
+    told = noise + np.eye(3)[labels] @ rng.normal(size=(3, 20))
+    assert logme(told, labels, 3) > logme(noise, labels, 3) + 0.1
+    assert logme(1000 * told + 5, labels, 3) == pytest.approx(logme(told, labels, 3), abs=1e-6)
+
+
+def test_a_deep_network_is_probed_at_eight_blocks_ends_included() -> None:
+    assert depth_words(3) == ("stem", "0", "1", "2", "head")
+    words = depth_words(24)
+    assert len(words) == 10
+    assert (words[1], words[-2]) == ("0", "23")
+    assert depth_words(0) == ("head",)
+
+
+def test_the_sample_is_bounded_and_keeps_the_shares_of_classes() -> None:
+    labels = [0] * 4000 + [1] * 980 + [2] * 20
+    table = Dataset.from_dict({"text": [f"row {i}" for i in range(5000)], "label": labels})
+    whole = Tables(table, table, table, ("a", "b", "c"), "text", ("text",), None, "label", "f")
+    found = sample_tables(whole, seed=0)
+    counts = np.bincount(found.train["label"])
+    assert found.test is None
+    assert counts.sum() == MAX_ROWS["text"]
+    assert counts.tolist() == [1600, 392, 8]
+    many = replace(whole, classes=tuple(map(str, range(900))))
+    assert len(sample_tables(many, seed=0).train) == 4500
+
+
+def test_the_config_block_and_the_whole_config_are_read_back(tmp_path: Path) -> None:
+    found = judge(evidence(RISING, 5000), 4, 5e-5)
+    assert "phases:" in config_block(found)
+    file = tmp_path / "x.yaml"
+    file.write_text(ready_yaml(spec_of(), found))
+    assert file.read_text().startswith("# large and similar: fine-tune-top\n# large: 5,000 training rows")
+    assert load_spec(file) == merged(spec_of(), found.config)
+
+
+def test_the_plot_shows_every_depth(tmp_path: Path) -> None:
+    plot_probes(evidence(RISING), "minilm: small and similar", tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    assert all(f">{word}<" in text for word in ("stem", "block 0", "block 3", "head", "LogME"))
