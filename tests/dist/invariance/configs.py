@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 # Equal numbers are claimed where BatchNorm is frozen: which rows share a batch depends on the world size.
 BATCH_NORMS = {
     "resnet": ["conv1.1.*", "conv1.4.*", "bn1.*", "*.bn1.*", "*.bn2.*", "*.bn3.*", "*.downsample.2.*"],
-    "efficientnet": ["bn1.*", "bn2.*", "blocks.*.bn1.*", "blocks.*.bn2.*", "blocks.*.bn3.*"],
+    "efficientnet": ["bn1.*", "*.bn1.*", "*.bn2.*", "*.bn3.*"],
 }
 
 

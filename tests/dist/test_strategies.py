@@ -1,0 +1,104 @@
+"""What strategies share beyond equal numbers: mixed precision, rounded frozen weights, BatchNorm that trains, drift."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import Job, Run, RunJobs, finish, read_json, torchrun, write_config
+from material import Material
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.dist
+
+MIXED = ("ddp", "zero2", "zero3", "fsdp")
+
+
+def config_of(material: Material, strategy: str, frozen: str = "auto", **train: Any) -> dict[str, Any]:
+    sections = {"shard": {"strategy": strategy, "frozen": frozen}, "cache": "off"}
+    return material.text(train={"max_steps": 8, **train}, **sections)
+
+
+@pytest.fixture(scope="module")
+def mixed(material: Material, runs: RunJobs) -> dict[str, Run]:
+    """Eight steps of a BERT on 2 processes: in bf16 and fp16, with frozen weights in bf16, recomputed."""
+    rounded = {"freeze": {"embeddings": True, "layers": "0", "dtype": "bf16"}}
+    jobs = [Job("fp32", config_of(material, "ddp"))]
+    jobs += [Job(f"bf16-{s}", config_of(material, s, precision="bf16")) for s in MIXED]
+    jobs += [Job(f"fp16-{s}", config_of(material, s, precision="fp16")) for s in ("ddp", "fsdp")]
+    jobs += [Job(f"rounded-{s}", {**config_of(material, s, precision="bf16"), **rounded}) for s in MIXED]
+    jobs += [Job(f"recomputed-{s}", config_of(material, s, gradient_checkpointing=True)) for s in MIXED]
+    jobs += [Job("rounded-fsdp-shard", {**config_of(material, "fsdp", "shard", precision="bf16"), **rounded})]
+    return runs(jobs, 2)
+
+
+@pytest.mark.parametrize("strategy", MIXED)
+def test_recomputing_changes_no_number(mixed: dict[str, Run], strategy: str) -> None:
+    plain, recomputed = mixed["fp32"], mixed[f"recomputed-{strategy}"]
+    assert recomputed.series("train/loss") == pytest.approx(plain.series("train/loss"), rel=1e-5)
+    assert recomputed.series("train/grad_norm") == pytest.approx(plain.series("train/grad_norm"), rel=5e-5)
+
+
+@pytest.mark.parametrize("name", [*(f"bf16-{s}" for s in MIXED), "fp16-ddp", "fp16-fsdp"])
+def test_mixed_precision_is_near_fp32_and_not_it(mixed: dict[str, Run], name: str) -> None:
+    plain, losses = mixed["fp32"].series("train/loss"), mixed[name].series("train/loss")
+    assert losses == pytest.approx(plain, rel=0.05)
+    assert losses != plain
+    weights = mixed[name].weights()
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}  # fp32 masters, and the frozen as they were
+
+
+@pytest.mark.parametrize("name", [*(f"rounded-{s}" for s in MIXED), "rounded-fsdp-shard"])
+def test_rounded_frozen_weights_leave_as_they_came(mixed: dict[str, Run], name: str, material: Material) -> None:
+    source = load_file(material.bert / "model.safetensors")
+    weights = mixed[name].weights()
+    key = "encoder.layer.0.attention.self.query.weight"
+    assert not torch.equal(source[key], source[key].bfloat16().float())
+    frozen = [n for n in source if n.startswith(("embeddings.", "encoder.layer.0."))]
+    assert len(frozen) > 15
+    for n in frozen:
+        assert torch.equal(weights[f"bert.{n}"], source[n]), n
+    assert mixed[name].series("train/loss") == pytest.approx(mixed["fp32"].series("train/loss"), rel=0.05)
+    assert len(mixed[name].summary["frozen_verified"]) >= len(frozen)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp"])
+def test_batchnorm_that_trains_has_one_set_of_statistics(material: Material, runs: RunJobs, strategy: str) -> None:
+    """They move, and alike: the comparison of replicas, which takes buffers too, would end the run at step 1."""
+    free = material.image(
+        freeze={"embeddings": False, "layers": None, "patterns": ["fc.bias"]},
+        train={"epochs": 2, "micro_batch_size": 8},
+        shard={"strategy": strategy},
+        cache="off",
+    )
+    before, after = load_file(material.cnn_weights), runs([Job("moving", free)], 2)["moving"].weights()
+    moving = [name for name in before if name.endswith(("running_mean", "running_var"))]
+    assert len(moving) == 30
+    assert not any(torch.equal(before[name], after[name]) for name in moving)
+
+
+@pytest.fixture(scope="module")
+def drifted(material: Material, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("drift")
+    worker, found = Path(__file__).with_name("drift_worker.py"), {}
+    for step in (0, 1):
+        config = write_config(
+            folder / f"{step}.yaml", config_of(material, "ddp"), name=f"drift-{step}", output=str(folder / "runs")
+        )
+        done = finish([*torchrun(2), str(worker), str(config), str(folder / f"{step}.json"), str(step)], 300, folder)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found[step] = [read_json(folder / f"{step}.json.{rank}") for rank in range(2)]
+    return found
+
+
+def test_a_flipped_bit_on_one_rank_ends_the_run_on_all(drifted: dict[int, list[dict[str, Any]]]) -> None:
+    for rank in drifted[1]:
+        assert rank["error"] == "TrainingError"
+        assert "1 tensors differ between ranks, first bert.encoder.layer.2.output.dense.weight" in rank["message"]
+
+
+def test_replicas_are_compared_at_the_same_steps_on_all_ranks(drifted: dict[int, list[dict[str, Any]]]) -> None:
+    one, other = drifted[0]
+    assert one["error"] is None
+    assert one["compared"] == other["compared"]
+    assert one["compared"][0] == 1

@@ -1,0 +1,241 @@
+"""What engines are told: combinations refused with a way out, DeepSpeed's config, FSDP's cut, precision, checksums."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from dist_finetune.drift import checksums
+from dist_finetune.engine.blocks import prepare_blocks
+from dist_finetune.engine.precision import FIRST_SCALE, LossScale, round_frozen
+from dist_finetune.engine.statistics import moving_statistics
+from dist_finetune.errors import TrainingError, UserError
+from dist_finetune.freeze import apply_freeze, compile_freeze, train_mode
+from dist_finetune.fsdp_layout import block_groups, fsdp_section
+from dist_finetune.models.load import load_model
+from dist_finetune.models.structure import structure_of
+from dist_finetune.plan import Plan, Topology, make_plan
+from dist_finetune.spec import FreezeSpec
+from dist_finetune.spec_file import load_spec
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("settings")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"]
+    (folder / "bert").mkdir()
+    (folder / "bert" / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast.from_pretrained(folder / "bert").save_pretrained(folder / "bert")
+    sizes = BertConfig(
+        vocab_size=7, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=30,
+        max_position_embeddings=16, hidden_dropout_prob=0.5,
+    )  # fmt: skip
+    BertModel(sizes).save_pretrained(folder / "bert")
+    rows = "".join(f"{'good' if i % 2 else 'bad'} {i},{i % 2}\n" for i in range(40))
+    (folder / "rows.csv").write_text("text,label\n" + rows)
+    (folder / "c.yaml").write_text(
+        f"model: {{name: {folder / 'bert'}}}\ndata: {{train: {folder / 'rows.csv'}}}\n"
+        'freeze: {embeddings: true, layers: "0"}\ntrain: {precision: fp32}\n'
+    )
+    return folder / "c.yaml"
+
+
+def plan_of(config: Path, *overrides: str, world_size: int = 2, **topology: Any) -> Plan:
+    return make_plan(load_spec(config, list(overrides)), Topology(1, world_size, **topology))
+
+
+REFUSED = [
+    (["shard.strategy=ddp", "shard.offload=optimizer"], ["can't work with ddp", "zero1 to zero3 or fsdp"]),
+    (["shard.strategy=fsdp", "shard.offload=optimizer"], ["can't work with fsdp", "shard.offload: parameters"]),
+    (["shard.strategy=zero1", "shard.offload=parameters"], ["can't work with zero1", "zero3 or fsdp"]),
+    (["shard.strategy=zero2", "shard.offload=parameters"], ["can't work with zero2", "shard.offload: optimizer"]),
+    (["shard.strategy=zero2", "shard.frozen=shard"], ["can't work with zero2", "use fsdp or zero3"]),
+    (["shard.strategy=ddp", "shard.frozen=shard"], ["can't work with ddp"]),
+    (["shard.strategy=zero3", "shard.frozen=replicate"], ["can't work with zero3", "fsdp, zero2 or ddp"]),
+    (["shard.strategy=zero2", "train.precision=fp16"], ["can't work with zero2", "use ddp or fsdp, or bf16"]),
+    (["shard.strategy=zero3", "train.compile=true"], ["can't work with zero3", "fsdp"]),
+    (["shard.strategy=fsdp", "shard.deepspeed={steps_per_print: 5}"], ["no effect on strategy fsdp"]),
+    (["freeze.dtype=bf16"], ["needs train.precision: bf16", "it is fp32"]),
+    (["freeze.dtype=bf16", "freeze.embeddings=false", "freeze.layers=null"], ["no effect", "nothing is frozen"]),
+    (["shard.frozen=shard", "freeze.embeddings=false", "freeze.layers=null"], ["no effect", "nothing is frozen"]),
+    (["freeze.dtype=bf16", "train.precision=bf16", "checkpoint.full=true"], ["checkpoint.full", "leave one"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), REFUSED, ids=lambda v: " ".join(v) if v[0].count("=") else "")
+def test_combinations_that_cannot_work(config: Path, overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        plan_of(config, *overrides)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "possible"),
+    [
+        ([], {"ddp", "zero1", "zero2", "zero3", "fsdp"}),
+        (["shard.offload=optimizer"], {"zero1", "zero2", "zero3"}),
+        (["shard.offload=parameters"], {"zero3", "fsdp"}),
+        (["shard.frozen=shard"], {"zero3", "fsdp"}),
+        (["train.precision=fp16"], {"ddp", "fsdp"}),
+        (["train.compile=true"], {"ddp", "zero1", "zero2", "fsdp"}),
+    ],
+)
+def test_auto_chooses_among_what_can_work(config: Path, overrides: list[str], possible: set[str]) -> None:
+    plan = plan_of(config, *overrides)
+    assert set(plan.memory) == possible
+    assert plan.strategy in possible
+
+
+def test_all_problems_are_told_at_once(config: Path) -> None:
+    with pytest.raises(UserError) as error:
+        plan_of(config, "shard.strategy=ddp", "shard.offload=parameters", "shard.frozen=shard")
+    assert str(error.value).count("can't work with ddp") == 2
+
+
+@pytest.mark.parametrize(
+    ("strategy", "offload", "sections"),
+    [
+        ("zero1", "optimizer", {"offload_optimizer"}),
+        ("zero3", "optimizer", {"offload_optimizer"}),
+        ("zero3", "parameters", {"offload_optimizer", "offload_param"}),
+        ("zero3", "none", set()),
+    ],
+)
+def test_offload_in_deepspeeds_config(config: Path, strategy: str, offload: str, sections: set[str]) -> None:
+    plan = plan_of(config, f"shard.strategy={strategy}", f"shard.offload={offload}")
+    (settings,) = plan.deepspeed
+    assert settings is not None
+    assert {key for key in settings["zero_optimization"] if key.startswith("offload")} == sections
+    assert settings.get("zero_force_ds_cpu_optimizer", "unset") == (False if sections else "unset")
+    mine = plan.memory[plan.strategy].state
+    assert (mine.optimizer == 0) == (offload != "none")
+    assert (mine.trainable_weights == 0) == (offload == "parameters")
+
+
+def test_frozen_weights_are_copied_where_that_fits_and_shared_out_where_not(config: Path) -> None:
+    roomy = plan_of(config, "shard.strategy=fsdp", device="cuda", device_memory_bytes=GIB, world_size=4)
+    tight = plan_of(config, "shard.strategy=fsdp", device="cuda", device_memory_bytes=60_000, world_size=4)
+    asked = plan_of(config, "shard.strategy=fsdp", "shard.frozen=shard", world_size=4)
+    assert [p.costs.frozen_layout for p in (roomy, tight, asked)] == ["replicate", "shard", "shard"]
+    whole, shared = (p.memory["fsdp"].state.frozen_weights for p in (roomy, asked))
+    assert whole == 4 * roomy.phases[0].manifest.num_frozen
+    assert whole / 4 <= shared < whole / 3
+
+
+def test_fsdp_counts_the_rows_that_rank_0_gets(config: Path) -> None:
+    plan = plan_of(config, "shard.strategy=fsdp", "shard.frozen=shard")
+    manifest = plan.phases[0].manifest
+    section = fsdp_section(plan.structure, manifest, 4, "shard", offload=False)
+    share = {True: 0, False: 0}
+    for record in manifest.records:
+        if record.kind == "parameter":
+            share[record.frozen] += torch.empty(record.shape, device="meta").chunk(4)[0].numel()
+    assert (section["frozen_share"], section["trainable_share"]) == (share[True], share[False])
+
+
+def test_fsdp_groups_are_blocks_and_leave_tied_ones_to_the_root(config: Path) -> None:
+    plan = plan_of(config)
+    groups = block_groups(plan.structure, containers=())
+    assert groups == tuple((f"bert.encoder.layer.{i}",) for i in range(3))
+    name = plan.structure.blocks[1].parameters[0]
+    tied = dataclasses.replace(plan.structure, aliases=((name, "classifier.weight"),))
+    assert len(block_groups(tied, containers=())) == 2
+    assert block_groups(plan.structure, containers={"bert.encoder.layer.2"}) == groups[:2]
+
+
+def count_passes(module: nn.Module) -> list[int]:
+    """A list that grows by one with each forward pass of a module."""
+    passes: list[int] = []
+    module.register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def test_only_blocks_that_backward_passes_are_recomputed_and_gradients_stay(config: Path) -> None:
+    """Blocks 1 and 2 run twice in a step, the frozen block 0 once; dropout draws the same again."""
+    found = {}
+    for checkpointing in ("false", "true"):
+        plan = plan_of(config, f"train.gradient_checkpointing={checkpointing}")
+        model, _ = load_model(plan.card, plan.spec.model, plan.data.classes, seed=0)
+        apply_freeze(model, plan.phases[0].manifest)
+        train_mode(model, plan.phases[0].manifest)
+        prepare_blocks(model, plan, plan.phases[0])
+        passes = [count_passes(model.get_submodule(f"bert.encoder.layer.{i}.attention")) for i in range(3)]
+        torch.manual_seed(3)
+        ids = torch.tensor([[2, 5, 6, 3], [2, 6, 5, 3]])
+        model(input_ids=ids).logits.square().sum().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        found[checkpointing] = ([len(p) for p in passes], grads)
+    assert found["false"][0] == [1, 1, 1]
+    assert found["true"][0] == [1, 2, 2]
+    assert all(grad is not None for grad in found["true"][1].values())
+    for name, grad in found["false"][1].items():
+        torch.testing.assert_close(found["true"][1][name], grad, rtol=0, atol=0, msg=name)
+
+
+def test_checkpointing_without_a_block_above_is_said(config: Path) -> None:
+    plan = plan_of(config, "train.gradient_checkpointing=true", "freeze.layers=all", "freeze.patterns=[bert.pooler.*]")
+    assert "checkpointing-without-effect" in {note.code for note in plan.phases[0].notes}
+
+
+def test_loss_scale_falls_on_overflow_and_grows_after_good_steps(config: Path) -> None:
+    scale = LossScale(plan_of(config, "train.precision=fp16", "shard.strategy=ddp"))
+    grads = [torch.full((2,), FIRST_SCALE)]
+    scale.unscale(grads)
+    assert grads[0].tolist() == [1.0, 1.0]
+    assert scale.allows_step(torch.tensor(1.0))
+    assert not scale.allows_step(torch.tensor(float("inf")))
+    assert not scale.allows_step(torch.tensor(float("nan")))
+    assert scale.scale == FIRST_SCALE / 4
+    assert all(scale.allows_step(torch.tensor(1.0)) for _ in range(2000))
+    assert scale.scale == FIRST_SCALE / 2
+    with pytest.raises(TrainingError, match="use bf16 or fp32"):
+        [scale.allows_step(torch.tensor(float("inf"))) for _ in range(20)]
+
+
+def test_no_loss_scale_without_fp16(config: Path) -> None:
+    scale = LossScale(plan_of(config, "train.precision=bf16"))
+    loss = torch.tensor(3.0)
+    assert scale.apply(loss) is loss
+    assert scale.allows_step(torch.tensor(float("inf")))  # the loop reports it; nothing is skipped in silence
+
+
+def test_only_frozen_matrices_that_a_source_has_are_rounded(config: Path) -> None:
+    plan = plan_of(config)
+    manifest = plan.phases[0].manifest
+    model, _ = load_model(plan.card, plan.spec.model, plan.data.classes, seed=0)
+    apply_freeze(model, manifest)
+    trained = "bert.encoder.layer.0.output.dense.weight"
+    names = round_frozen(model, manifest, trained={trained})
+    in_bf16 = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    assert set(names) == in_bf16 == {n for n in manifest.frozen if model.get_parameter(n).dim() > 1} - {trained}
+    assert len(in_bf16) > 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
+def test_a_flipped_bit_changes_the_checksum_of_its_tensor(dtype: torch.dtype) -> None:
+    tensors = [torch.ones(3, 5).to(dtype), torch.ones((), dtype=dtype), torch.ones(2, 3, 4, 4).to(dtype)]
+    tensors[2] = tensors[2].contiguous(memory_format=torch.channels_last)
+    before = checksums(tensors)
+    assert torch.equal(before, checksums([t.clone() for t in tensors]))
+    for i, tensor in enumerate(tensors):
+        changed = [t.clone() for t in tensors]
+        raw = changed[i].view(-1).view(torch.uint8) if i < 2 else changed[i].untyped_storage()
+        raw[0] = int(raw[0]) ^ 1
+        assert (checksums(changed) != before).nonzero().view(-1).tolist() == [i], tensor.shape
+
+
+def test_statistics_that_move_are_those_of_batchnorm_that_is_not_held() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Flatten())
+    model.append(nn.Linear(4, 2))
+    manifest = compile_freeze(FreezeSpec(patterns=("1.*",)), structure_of(model), model)
+    found = moving_statistics(model, manifest)
+    assert [id(b) for b in found] == [id(model[3].running_mean), id(model[3].running_var)]
+    thawed = dataclasses.replace(manifest, mode="train")
+    assert len(moving_statistics(model, thawed)) == 4
