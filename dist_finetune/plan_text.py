@@ -36,6 +36,7 @@ def plan_lines(plan: Plan) -> str:
             f"steps     {plan.total_steps} ({batches.steps_per_epoch} an epoch)",
             f"precision {plan.precision} on {plan.topology.device}",
             f"strategy  {plan.strategy}: {plan.strategy_reason}",
+            *_frozen_line(plan),
             *(_cache_line(plan, phase) for phase in plan.phases),
         ]
     )

@@ -119,6 +119,8 @@ def _run_numbers(
         "micro_batch_size": micro_batch_size or (micro if isinstance(micro, int) else None),
         "accumulation": accumulation,
         "clipping": spec.train.max_grad_norm or 0.0,
+        "offload_optimizer": "none" if spec.shard.offload == "none" else "cpu",
+        "offload_param": "cpu" if spec.shard.offload == "parameters" else "none",
     }
 
 
@@ -126,7 +128,7 @@ def _contradictions_of_variables(
     brought: Mapping[str, str], numbers: Mapping[str, Any], device: str | None
 ) -> Iterator[str]:
     for name, engine in OTHER_ENGINES.items():
-        if name in brought:
+        if name in brought and engine.lower() != numbers["strategy"]:
             yield f"{name}={brought[name]}: {engine} is asked for, but the run uses {numbers['strategy']}"
     stage = brought.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     if stage is not None and stage != str(numbers["stage"]):
@@ -146,9 +148,9 @@ def _contradictions_of_variables(
         yield (
             f"ACCELERATE_MIXED_PRECISION={asked} (--mixed_precision), but the run trains in {numbers['precision']}: "
             + (
-                "write train.precision: bf16"
-                if asked == "bf16"
-                else f"train.precision has no {asked}; use bf16 or fp32"
+                f"write train.precision: {asked.lower()}"
+                if asked.lower() in ("bf16", "fp16")
+                else f"train.precision has no {asked}; use bf16, fp16 or fp32"
             )
         )
     accumulation = brought.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
@@ -163,8 +165,11 @@ def _contradictions_of_variables(
         yield f"ACCELERATE_GRADIENT_CLIPPING={clipping}, but train.max_grad_norm is {numbers['clipping'] or 'null'}"
     for name, what in (("OPTIMIZER", "optimizer moment"), ("PARAM", "parameter")):
         offload = brought.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{name}_DEVICE")
-        if offload is not None:
-            yield f"ACCELERATE_DEEPSPEED_OFFLOAD_{name}_DEVICE={offload}, but the run keeps its {what}s on the device"
+        if offload is not None and offload.lower() != numbers[f"offload_{name.lower()}"]:
+            yield (
+                f"ACCELERATE_DEEPSPEED_OFFLOAD_{name}_DEVICE={offload}, but the run keeps its {what}s on "
+                f"{numbers[f'offload_{name.lower()}'].replace('none', 'the device')}: write shard.offload"
+            )
     if "ACCELERATE_USE_CPU" in brought and device == "cuda":
         yield "ACCELERATE_USE_CPU=true (--cpu), but a GPU is visible: set CUDA_VISIBLE_DEVICES= (empty) for the CPU"
     if "--deepspeed_config" in brought:
@@ -183,9 +188,9 @@ def _compare_deepspeed_file(location: str, numbers: Mapping[str, Any], spec: "Sp
         "gradient_accumulation_steps": (numbers["accumulation"], "train.global_batch_size, from which it is derived"),
         "gradient_clipping": (numbers["clipping"], "train.max_grad_norm"),
         "bf16.enabled": (numbers["precision"] == "bf16", "train.precision"),
-        "fp16.enabled": (False, "train.precision"),
-        "zero_optimization.offload_optimizer.device": ("none", "state stays on the device"),
-        "zero_optimization.offload_param.device": ("none", "state stays on the device"),
+        "fp16.enabled": (numbers["precision"] == "fp16", "train.precision"),
+        "zero_optimization.offload_optimizer.device": (numbers["offload_optimizer"], "shard.offload"),
+        "zero_optimization.offload_param.device": (numbers["offload_param"], "shard.offload"),
         "optimizer.type": ("AdamW", "the one optimizer there is"),
         "optimizer.params.lr": (spec.train.lr, "train.lr"),
         "optimizer.params.weight_decay": (spec.train.weight_decay, "train.weight_decay"),

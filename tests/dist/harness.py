@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 MATRIX = ((1, "ddp"), (1, "zero2"), *((2, strategy) for strategy in STRATEGIES))
 """Numbers of processes, and strategies, of the runs that many tests look at."""
 

@@ -208,7 +208,7 @@ def test_launcher_defaults_bring_nothing() -> None:
     [
         ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "but the run uses zero2: write shard.strategy: zero3"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "the run trains in fp32: write train.precision: bf16"),
-        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "train.precision has no fp16"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "train.precision: fp16"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}, "train.global_batch_size (32)"),
         ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "but train.max_grad_norm is 1.0"),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP is asked for, but the run uses zero2"),
@@ -223,6 +223,21 @@ def test_contradicting_settings_are_named(brought: dict[str, str], words: str) -
         refuse_contradictions(brought_settings(env), small_spec(), "zero2", "fp32")
     assert words in str(refused.value)
     assert str(refused.value).count("\n  ") == 1, "one problem, and no other"
+
+
+@pytest.mark.parametrize(
+    ("brought", "shard", "strategy", "precision"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "fsdp", "fp32"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {}, "ddp", "fp16"),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {"offload": "optimizer"}, "zero2", "fp32"),
+    ],
+)
+def test_settings_that_the_config_has_too(
+    brought: dict[str, str], shard: dict[str, Any], strategy: str, precision: str
+) -> None:
+    spec = load_spec({"name": "x", "model": {"name": "m"}, "data": {"train": "d"}, "shard": shard})
+    assert refuse_contradictions(brought, spec, strategy, precision) == []
 
 
 def test_agreeing_settings_pass_and_all_contradictions_come_at_once() -> None:

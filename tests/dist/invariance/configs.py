@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from invariance.cases import GLOBAL_BATCH_SIZE, Case
 from material import FILLERS, TOPICS, Material, write_material
 from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from invariance.cases import GLOBAL_BATCH_SIZE, Case
 
 # Equal numbers are claimed where BatchNorm is frozen: which rows share a batch depends on the world size.
 BATCH_NORMS = {

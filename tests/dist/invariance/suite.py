@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import finish, torchrun
+
 from invariance.cases import WORLD_SIZES, Case, reference_of
 from invariance.compare import beyond
 from invariance.configs import write_inputs

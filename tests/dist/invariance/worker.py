@@ -18,9 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch.distributed as dist
 import yaml
-from invariance.cases import Case, reference_of
-from invariance.compare import Outcome, compare, read_outcome
-from invariance.configs import Inputs, config_of
 from material import Material
 
 from dist_finetune.data.batches import training_steps
@@ -28,6 +25,9 @@ from dist_finetune.errors import DistFinetuneError
 from dist_finetune.run import train
 from dist_finetune.spec_file import load_spec
 from dist_finetune.world import gather_objects
+from invariance.cases import Case, reference_of
+from invariance.compare import Outcome, compare, read_outcome
+from invariance.configs import Inputs, config_of
 
 
 def run_case(case: Case, inputs: Inputs, work: Path) -> tuple[Outcome | None, str]:
