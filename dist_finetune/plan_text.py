@@ -48,6 +48,21 @@ def _cache_line(plan: Plan, phase: PhasePlan) -> str:
     return f"cache     {name}{'on' if decision.use else 'off'}: {decision.reason}"
 
 
+def _frozen_line(plan: Plan) -> list[str]:
+    """Under fsdp, whether frozen weights are copied to every rank, and why; elsewhere the strategy decides."""
+    if plan.strategy != "fsdp" or not plan.widest.manifest.frozen:
+        return []
+    if plan.spec.shard.frozen != "auto":
+        why = "asked for"
+    elif plan.costs.frozen_layout == "shard":
+        why = "copies on every rank would not fit"
+    else:
+        fits = "it fits, and" if plan.memory["fsdp"].fits else "no memory limit is known, and"
+        why = f"{fits} a copy has no gradient and need not be gathered at each pass"
+    how = {"replicate": "copied to every rank", "shard": "shared out over ranks"}[plan.costs.frozen_layout]
+    return [f"frozen    {how}: {why}"]
+
+
 def plan_notes(plan: Plan) -> list[str]:
     """What is allowed, but the user may not have meant; each once."""
     many = len(plan.phases) > 1
