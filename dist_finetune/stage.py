@@ -50,6 +50,7 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
     engine = shard(model, optimizer, job.plan, phase, accelerator, job.world)
     if checkpoint:
         load_moments(engine, checkpoint, checkpoint.state["adam_steps"])
+        engine.loss_scale.restore(checkpoint.state["loss_scale"])
     return Stage(phase, engine, splits, digests, dropped, rounded)
 
 

@@ -66,6 +66,7 @@ class Saver:
             "identity": identity(self._job.plan, self._provenance),
             "progress": progress.to_json(),
             "adam_steps": engine.adam_steps(),
+            "loss_scale": engine.loss_scale.state,
             "world_size": self._job.world.world_size,
             "strategy": self._job.plan.strategy,
             "source": self._provenance.id,

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from dist_finetune.engine.precision import LossScale
+
 Inputs = dict[str, torch.Tensor] | torch.Tensor
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's names for its running means of gradients and of their squares
 
@@ -39,6 +41,8 @@ class Engine(Protocol):
     module: nn.Module
     is_partitioned: bool
     """True where each rank updates a share of every parameter group, False where all ranks hold all of it."""
+    loss_scale: LossScale
+    """The factor on fp16 losses, 1 at other precisions; it is part of a run's state."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

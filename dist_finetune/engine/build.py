@@ -100,7 +100,7 @@ def shard(
         if plan.strategy == "ddp":
             engine = DdpEngine(wrapped, model, prepared, plan, accelerator)
         else:
-            engine = ZeroEngine(wrapped, model, int(plan.strategy.removeprefix("zero")), accelerator)
+            engine = ZeroEngine(wrapped, model, plan, accelerator)
     _check_held(engine, plan.strategy, phase.manifest, world)
     return engine
 

@@ -23,7 +23,7 @@ class DdpEngine:
         self.module = module
         self._wrapped, self._optimizer, self._accelerator = wrapped, optimizer.optimizer, accelerator
         self._max_grad_norm = plan.spec.train.max_grad_norm or float("inf")
-        self._autocast, self._scale = autocast_of(plan), LossScale(plan)
+        self._autocast, self.loss_scale = autocast_of(plan), LossScale(plan)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -36,12 +36,12 @@ class DdpEngine:
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
         with self._synchronised(is_last):
-            self._scale.apply(loss).backward()
+            self.loss_scale.apply(loss).backward()
 
     def step(self) -> torch.Tensor | float:
-        self._scale.unscale([p.grad for p in self._parameters() if p.grad is not None])
+        self.loss_scale.unscale([p.grad for p in self._parameters() if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self._max_grad_norm)
-        if self._scale.allows_step(norm):
+        if self.loss_scale.allows_step(norm):
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm

@@ -44,7 +44,7 @@ class FsdpEngine:
         shard_optimizer(module, optimizer, members)
         self.module, self._optimizer, self._device = module, optimizer, device
         self._max_grad_norm = plan.spec.train.max_grad_norm
-        self._autocast, self._scale = autocast_of(plan), LossScale(plan)
+        self._autocast, self.loss_scale = autocast_of(plan), LossScale(plan)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -59,11 +59,11 @@ class FsdpEngine:
         root = self._root
         root.set_requires_gradient_sync(is_last)
         root.set_is_last_backward(is_last)
-        self._scale.apply(loss).backward()
+        self.loss_scale.apply(loss).backward()
 
     def step(self) -> torch.Tensor | float:
         norm = self._clip()
-        if self._scale.allows_step(norm):
+        if self.loss_scale.allows_step(norm):
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
@@ -122,7 +122,7 @@ class FsdpEngine:
         """Scales the gradients down to `max_grad_norm`; returns their norm over all ranks before that."""
         grads = [_local(p.grad) for p in self._parameters() if isinstance(p.grad, DTensor)]
         grads = [g for g in grads if g.numel()]
-        self._scale.unscale(grads)
+        self.loss_scale.unscale(grads)
         squares = [torch.linalg.vector_norm(g).square() for g in grads]
         own = torch.stack(squares).sum() if squares else torch.zeros((), device=self._device)
         norm = sum_over_ranks(own.to(self._device)).sqrt()

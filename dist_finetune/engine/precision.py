@@ -37,6 +37,16 @@ class LossScale:
         self.scale = FIRST_SCALE if self._is_on else 1.0
         self._good_steps = 0
 
+    @property
+    def state(self) -> list[float]:
+        """What a resumed run needs to go on at the same scale."""
+        return [self.scale, self._good_steps]
+
+    def restore(self, state: Sequence[float]) -> None:
+        """Goes on from a saved `state`."""
+        if self._is_on:
+            self.scale, self._good_steps = float(state[0]), int(state[1])
+
     def apply(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss whose gradients are taken."""
         return loss * self.scale if self._is_on else loss

@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_finetune.engine.base import MOMENTS, Fragment, Held, Inputs, adam_state
+from dist_finetune.engine.precision import LossScale
 from dist_finetune.models.sources import forward_logits
+from dist_finetune.plan import Plan
 
 
 class ZeroEngine:
@@ -21,10 +23,12 @@ class ZeroEngine:
 
     is_partitioned = True
 
-    def __init__(self, engine: Any, module: nn.Module, stage: int, accelerator: Any) -> None:
+    def __init__(self, engine: Any, module: nn.Module, plan: Plan, accelerator: Any) -> None:
         self.module = module
-        self._engine, self._stage, self._accelerator = engine, stage, accelerator
+        self._engine, self._accelerator = engine, accelerator
+        self._stage = int(plan.strategy.removeprefix("zero"))
         self._zero = engine.optimizer
+        self.loss_scale = LossScale(plan)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
