@@ -1,0 +1,75 @@
+"""`selfcheck` says yes where the numbers agree, and where they part."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from harness import finish, write_config
+from material import Material
+from safetensors.torch import load_file, save_file
+
+from dist_finetune.selfcheck import compare_runs
+
+COMMAND = [sys.executable, "-m", "dist_finetune", "selfcheck"]
+
+
+@pytest.mark.dist
+def test_it_says_yes_and_leaves_nothing_behind(material: Material, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "c.yaml", material.text(shard={"strategy": "fsdp"}), output=str(tmp_path / "runs"))
+    done = finish([*COMMAND, str(config), "--processes", "2", "--steps", "5"], 300, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "5 steps on 1 process with ddp and on 2 with fsdp: yes, the same numbers" in done.stdout
+    assert "21 frozen tensors compared byte for byte" in done.stdout
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--processes", "1"], "give --processes 2 or more"),
+        (["phases=gradual", "freeze.embeddings=false", "freeze.layers=null"], "a run of one phase"),
+    ],
+)
+def test_it_refuses_what_it_cannot_compare(
+    material: Material, tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    config = write_config(tmp_path / "c.yaml", material.text(), output=str(tmp_path / "runs"))
+    done = finish([*COMMAND, str(config), *overrides], 60, tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def write_run(folder: Path, *, loss: float = 1.0, lr: float = 1e-4, frozen: float = 1.0, logit: float = 0.0) -> Path:
+    """A run's files as `compare_runs` reads them: two steps, one trained and one frozen tensor."""
+    for name in ("model", "predictions"):
+        (folder / name).mkdir(parents=True)
+    rows = [{"step": s, "train/loss": loss if s == 2 else 2.0, "train/lr": lr, "train/grad_norm": 1.0} for s in (1, 2)]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tensors = [{"name": "a", "frozen": False}, {"name": "b", "frozen": True}]
+    (folder / "freeze.json").write_text(json.dumps({"phases": {"train": {"tensors": tensors}}}))
+    (folder / "plan.json").write_text(json.dumps({"strategy": "zero2"}))
+    save_file({"a": torch.ones(2), "b": torch.full((2,), frozen)}, folder / "model" / "model.safetensors")
+    save_file({"logits": torch.full((1, 2), logit)}, folder / "predictions" / "validation.safetensors")
+    assert load_file(folder / "model" / "model.safetensors").keys() == {"a", "b"}
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss": 1.0001}, "step 2: train/loss is 1.0001, alone 1"),
+        ({"loss": float("nan")}, "step 2: train/loss is nan"),
+        ({"lr": 2e-4}, "step 1: train/lr is 0.0002, alone 0.0001"),
+        ({"frozen": 1.0 + 1e-7}, "b is frozen and differs"),
+        ({"logit": 1e-3}, "logits after the last step differ by 1.0e-03"),
+    ],
+)
+def test_it_says_where_two_runs_part(tmp_path: Path, changes: dict[str, float], words: str) -> None:
+    alone, several = write_run(tmp_path / "alone"), write_run(tmp_path / "several", **changes)
+    found = compare_runs(alone, several, 2, "cpu")
+    assert found.parted is not None
+    assert words in found.parted
+    assert f"NO: {found.parted}" in found.lines()
+    assert compare_runs(alone, alone, 2, "cpu").parted is None
