@@ -93,7 +93,7 @@ def test_a_wrong_config_ends_every_command_with_2_and_no_traceback(
         "error: c.yaml: 2 problems\n"
         "  override: unknown key train.lrr. Did you mean lr?\n"
         "  override: shard.strategy can't be 'zero4'. Did you mean zero3 or zero2 or zero1? "
-        "It takes auto or ddp or zero1 or zero2 or zero3.\n"
+        "It takes auto or ddp or zero1 or zero2 or zero3 or fsdp.\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"], "something was made"
 
