@@ -17,6 +17,8 @@ LARGE_ROWS = 1_000
 LARGE_ROWS_A_CLASS = 100
 SOLVED = 0.99  # probe accuracy that leaves fine-tuning nothing to win
 HEAD_LR = 1e-3
+ROWS_TO_SEE = 6_400  # by the main phase of fine-tuning: 200 steps of 32; fewer leave it half trained
+MAX_EPOCHS = 10
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,10 @@ def is_similar(evidence: Evidence) -> bool:
 def choices(evidence: Evidence, depth: int, default_lr: float) -> dict[str, dict[str, Any]]:
     """The four things to do, as parts of a config, by name."""
     head_lr = max(HEAD_LR, default_lr)
+    epochs = max(2, min(MAX_EPOCHS, -(-ROWS_TO_SEE // evidence.num_rows)))
     first = {"name": "head", "freeze": "backbone", "epochs": 1, "lr": head_lr}
-    top = {"name": "top", "freeze": _lower_half(depth), "epochs": 2, "lr": default_lr}
-    whole = {"name": "all", "freeze": "none", "epochs": 2, "lr": default_lr}
+    top = {"name": "top", "freeze": _lower_half(depth), "epochs": epochs, "lr": default_lr}
+    whole = {"name": "all", "freeze": "none", "epochs": epochs, "lr": default_lr}
     return {
         "features-last": {"task": "features", "features": _features(evidence.last)},
         "features-best": {"task": "features", "features": _features(evidence.best)},

@@ -105,6 +105,13 @@ def test_the_lower_half_is_frozen_in_the_middle_way() -> None:
     assert choices(evidence(RISING), 1, 5e-5)["fine-tune-top"]["phases"][1]["freeze"] == {"embeddings": True}
 
 
+def test_few_rows_are_seen_more_often() -> None:
+    epochs = [
+        choices(evidence(RISING, rows), 4, 5e-5)["fine-tune-all"]["phases"][1]["epochs"] for rows in (200, 2000, 20_000)
+    ]
+    assert epochs == [10, 4, 2]
+
+
 def test_augmentation_is_left_out_where_features_are_extracted() -> None:
     part = choices(evidence(RISING), 4, 5e-5)["features-last"]
     assert merged(spec_of(data={"train": "folder", "augment": True}), part).data.augment is False
