@@ -62,7 +62,7 @@ inside an epoch.
   wrong.yaml:14: train.lr can't be nan. It takes a finite number.
   wrong.yaml:12: train.head_lr can't be 'fast'. It takes a number.
   wrong.yaml:15: train.warmup: 3.5 is neither a fraction below 1 nor a whole number of steps
-  wrong.yaml:16: train.precision can't be 'bf61'. Did you mean bf16? It takes auto or fp32 or bf16.
+  wrong.yaml:16: train.precision can't be 'bf61'. Did you mean bf16 or fp16? It takes auto or fp32 or bf16 or fp16.
   wrong.yaml:11: unknown key train.lrr. Did you mean lr?
   wrong.yaml:18: unknown key train.wandb. Did you mean track.wandb?
   wrong.yaml:20: shard.strategy can't be 'zero4'. Did you mean zero3 or zero2 or zero1? It takes auto or ddp or zero1 \
