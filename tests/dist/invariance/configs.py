@@ -13,7 +13,7 @@ from invariance.cases import GLOBAL_BATCH_SIZE, Case
 # Equal numbers are claimed where BatchNorm is frozen: which rows share a batch depends on the world size.
 BATCH_NORMS = {
     "resnet": ["conv1.1.*", "conv1.4.*", "bn1.*", "*.bn1.*", "*.bn2.*", "*.bn3.*", "*.downsample.2.*"],
-    "efficientnet": ["bn1.*", "*.bn1.*", "*.bn2.*", "*.bn3.*"],
+    "efficientnet": ["bn1.*", "bn2.*", "*.bn1.*", "*.bn2.*", "*.bn3.*"],
 }
 
 

@@ -50,7 +50,8 @@ def _launch(cases: Sequence[Case], size: int, folder: Path, timeout_s: float) ->
     done = finish([*torchrun(size), *map(str, arguments)], timeout_s, folder)
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    assert done.returncode == 0, f"after {len(rows)} of {len(cases)} cases:\n{done.stderr[-6000:]}"
+    errors = "\n".join(line for line in done.stderr.splitlines() if "Error: " in line)
+    assert done.returncode == 0, f"{cases[len(rows)].name}:\n{errors[:2000]}\n{done.stderr[-4000:]}"
     return [_result(row) for row in rows]
 
 
