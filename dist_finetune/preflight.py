@@ -29,6 +29,11 @@ def meet(found: LaunchedAs, timeout_s: float) -> dist.Store:
     address, port = str(found.master_addr), int(found.master_port or 0)
     # torchrun's agent keeps the store itself, through restarts of the workers too.
     agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if port == 0:
+        raise UserError(
+            f"MASTER_PORT is 0, and {found.launcher} chose no port in its place: start it with --standalone on one "
+            "machine, or name a free port"
+        )
     started = time.monotonic()
     try:
         tcp = dist.TCPStore(

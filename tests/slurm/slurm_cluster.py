@@ -13,6 +13,7 @@ from harness import read_lines
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 JOB_TIMEOUT_S = 240
+RELEASE_AFTER_S = 6
 
 WriteConfig = Callable[..., Path]
 
@@ -51,11 +52,16 @@ class Cluster:
         return re.findall(r"JobState=(\S+)", self.call("scontrol", "show", "job", job, check=False))
 
     def wait_for(self, job: str, *states: str, timeout_s: float = JOB_TIMEOUT_S) -> None:
-        """Until all tasks are in one of `states`. A job that was queued again is let start at once."""
-        deadline = time.monotonic() + timeout_s
+        """Until all tasks are in one of `states`. A job that was queued again is let start after a few seconds.
+
+        SLURM itself waits two minutes: at once, its nodes would still refuse the job's revoked credential.
+        """
+        deadline, release = time.monotonic() + timeout_s, time.monotonic() + RELEASE_AFTER_S
         while not (found := self.states(job)) or not set(found) <= set(states):
             assert time.monotonic() < deadline, f"{found} after {timeout_s} s, not {states}:\n{self.call('squeue')}"
-            if "PENDING" in found and "PENDING" not in states:
+            if "PENDING" not in found or "PENDING" in states:
+                release = time.monotonic() + RELEASE_AFTER_S
+            elif time.monotonic() > release:
                 self.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
             time.sleep(0.3)
 

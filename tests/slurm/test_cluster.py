@@ -1,8 +1,10 @@
 """Jobs on a real SLURM: two nodes, signals, requeues, arrays, and names that try to break out."""
 
+import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from slurm_cluster import SCRIPT, Cluster, WriteConfig, losses, wait_until
 
 pytestmark = pytest.mark.slurm
 
-LONG = {"train": {"epochs": 60, "global_batch_size": 16, "micro_batch_size": 4, "lr": 2e-4, "precision": "fp32"}}
+LONG = {"train": {"epochs": 30, "global_batch_size": 16, "micro_batch_size": 4, "lr": 2e-4, "precision": "fp32"}}
 
 
 def log_of(run: Path, job: str) -> str:
@@ -22,14 +24,31 @@ def started(run: Path) -> bool:
     return (run / "metrics.jsonl").exists() and len(losses(run)) > 0
 
 
-def straight(config: Path, folder: Path) -> dict[int, float]:
-    """Losses of the same run by torchrun on this machine, never interrupted."""
-    done = finish([*torchrun(2), "-m", "dist_finetune", "train", str(config), "output=straight"], 240, folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return losses(folder / "straight" / read_json(config)["name"])
+Straight = Callable[[Path], dict[int, float]]
 
 
-def test_two_nodes_train_as_one_machine_does(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    """Losses of the same run by torchrun on this machine, never interrupted; runs that differ in the name are one."""
+    found: dict[str, dict[int, float]] = {}
+
+    def train(config: Path) -> dict[int, float]:
+        content = {k: v for k, v in read_json(config).items() if k not in ("name", "track", "launch")}
+        key = json.dumps(content, sort_keys=True)
+        if key not in found:
+            folder = tmp_path_factory.mktemp("straight")
+            command = [*torchrun(2), "-m", "dist_finetune", "train", str(config), "name=straight", "track.wandb=off"]
+            done = finish(command, 240, folder)
+            assert done.returncode == 0, done.stderr[-3000:]
+            found[key] = losses(folder / "runs" / "straight")
+        return found[key]
+
+    return train
+
+
+def test_two_nodes_train_as_one_machine_does(
+    cluster: Cluster, config: WriteConfig, straight: Straight, tmp_path: Path
+) -> None:
     path = config("pair")
     job = cluster.submit(tmp_path, str(path), "--nodes", "2", "--gpus-per-node", "0")
     cluster.wait_for(job, "COMPLETED")
@@ -37,7 +56,7 @@ def test_two_nodes_train_as_one_machine_does(cluster: Cluster, config: WriteConf
     summary = read_json(run / "summary.json")
     assert (summary["status"], summary["world_size"], summary["strategy"]) == ("finished", 2, "zero2")
     assert "2 nodes (n[1-2]) meet at n1:" in log_of(run, job)
-    assert losses(run) == straight(path, tmp_path)
+    assert losses(run) == straight(path)
     submit = (sys.executable, "-m", "dist_finetune", "submit", str(path), "--dry-run")
     again = cluster.call(*submit, check=False, timeout_s=120, cwd=tmp_path)
     assert "is finished" in again
@@ -45,7 +64,7 @@ def test_two_nodes_train_as_one_machine_does(cluster: Cluster, config: WriteConf
 
 @pytest.mark.parametrize("tasks_per_node", [1, 2])
 def test_srun_starts_the_worker_itself(
-    cluster: Cluster, config: WriteConfig, tmp_path: Path, tasks_per_node: int
+    cluster: Cluster, config: WriteConfig, straight: Straight, tmp_path: Path, tasks_per_node: int
 ) -> None:
     """One task for each process, on two nodes or on one, with no torchrun in between."""
     path = config(f"srun{tasks_per_node}")
@@ -57,12 +76,12 @@ def test_srun_starts_the_worker_itself(
     )  # fmt: skip
     run = tmp_path / "runs" / f"srun{tasks_per_node}"
     assert read_json(run / "summary.json")["world_size"] == 2
-    assert losses(run) == straight(path, tmp_path)
+    assert losses(run) == straight(path)
 
 
 @pytest.mark.parametrize("how", ["time limit", "scontrol requeue"])
 def test_a_job_that_is_stopped_goes_on_where_it_was(
-    cluster: Cluster, config: WriteConfig, tmp_path: Path, how: str
+    cluster: Cluster, config: WriteConfig, straight: Straight, tmp_path: Path, how: str
 ) -> None:
     path = config("again", **LONG, track={"wandb": "offline"})
     job = cluster.submit(tmp_path, str(path), "--nodes", "2", "--gpus-per-node", "0")
@@ -83,7 +102,7 @@ def test_a_job_that_is_stopped_goes_on_where_it_was(
     assert "attempt 2 of 4" in log
     assert ("the time limit is near" in log) == (how == "time limit")
     assert ("SIGTERM: cancelled, preempted" in log) == (how == "scontrol requeue")
-    assert losses(run) == straight(path, tmp_path), "the numbers of a run that was never stopped"
+    assert losses(run) == straight(path), "the numbers of a run that was never stopped"
     assert (run / "wandb.json").read_text() == wandb_id
 
 

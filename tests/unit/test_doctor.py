@@ -1,0 +1,239 @@
+"""doctor and the preflight: what each line says where things are right, and where they are not."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_finetune.cli import main
+from dist_finetune.doctor_local import Finding, disk_finding, hub_finding, version_findings, wandb_finding
+from dist_finetune.errors import UserError
+from dist_finetune.plan import Plan
+from dist_finetune.preflight import interface_to
+from dist_finetune.price import GpuPrice, cost_lines, read_prices, run_costs
+from dist_finetune.spec import Spec
+from dist_finetune.spec_file import load_spec
+
+CSV = "text,label\n" + "".join(f"word {i} good,a\nword {i} bad,b\n" for i in range(30))
+JOIN = """
+import sys
+from dist_finetune.errors import UserError
+from dist_finetune.spec import LaunchSpec
+from dist_finetune.world import join_world, leave_world
+try:
+    leave_world(join_world(LaunchSpec(join_timeout=4)))
+except UserError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+def spec(**changes: Any) -> Spec:
+    return load_spec({"name": "x", "model": {"name": "m"}, "data": {"train": "d"}, **changes})
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    from dist_finetune.data.tables import read_tables
+    from dist_finetune.plan import Topology, plan_run
+
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "rows.csv").write_text(CSV)
+    changes = {"data": {"train": str(folder / "rows.csv")}, "output": str(folder / "runs")}
+    wanted = load_spec({"name": "x", "model": {"name": "demo:minilm"}, "freeze": "backbone", "cache": "off", **changes})
+    tables = read_tables(wanted.data, 0)
+    return plan_run(wanted, Topology(1, 2, "cuda"), tables, measure=True)
+
+
+def test_one_machine_gets_a_line_for_each_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0, lines
+    about = [re.split(r"\s{2,}", line)[1] for line in lines if re.match(r"(ok|warn|fail)\s", line)]
+    assert about[0].startswith("ranks")
+    assert {"versions", "GPUs", "disk", "hub", "W&B", "run folder", "hub cache"} <= set(about)
+    assert lines[-1].startswith("0 to mend")
+    assert "0123456789abcdef" not in "\n".join(lines)
+    assert list(tmp_path.iterdir()) == [], "it leaves no file and no folder behind"
+
+
+def test_a_wrong_config_is_a_failure_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("model: {name: demo:minilm}\ndata: {train: nothing.csv}\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "c.yaml"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 1
+    assert re.search(r"^fail  config +.*nothing\.csv", out, re.MULTILINE), out
+
+
+def test_versions_are_compared_with_what_the_package_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [f.state for f in version_findings()] == ["ok"]
+    real = __import__("importlib.metadata").metadata.version
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.50.0" if name == "transformers" else real(name))
+    (finding,) = version_findings()
+    assert (finding.state, finding.text) == ("fail", "transformers 4.50.0, needs transformers>=5")
+    assert finding.todo == 'pip install "transformers>=5"'
+
+
+def test_torchvision_of_another_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.__version__", "2.9.0+cu128")
+    found = [f for f in version_findings() if "torchvision" in f.text]
+    assert len(found) == 1
+    assert "is built for torch" in found[0].text
+
+
+def test_a_full_disk_is_told_against_the_plan(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert disk_finding(planned.spec, planned).state == "ok"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30 - 1000, 1000))
+    finding = disk_finding(planned.spec, planned)
+    assert finding.state == "fail"
+    assert "2 checkpoints and the model" in finding.text
+
+
+def test_hub_and_wandb_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert wandb_finding(spec(track={"wandb": "online"})).state == "fail"
+    assert wandb_finding(spec(track={"wandb": "off"})).state == "ok"
+    assert wandb_finding(None).state == "warn"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123456789\n")
+    assert wandb_finding(spec(track={"wandb": "online"})) == Finding("ok", "W&B", "logged in")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert hub_finding() == Finding("ok", "hub", "127.0.0.1 can be reached")
+    assert hub_finding().state == "warn"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub_finding().state == "ok"
+
+
+def test_the_interface_that_reaches_a_host_is_named() -> None:
+    assert interface_to("127.0.0.1") == "lo (127.0.0.1)"
+    assert "not found" in interface_to("no.such.host.invalid")
+
+
+def environment(rank: int, port: int, world_size: int = 3) -> dict[str, str]:
+    repository = str(Path(__file__).parents[2])
+    names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+    fixed = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": repository}
+    return {**os.environ, **fixed, **{k: str(v) for k, v in names.items()}}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.mark.dist
+def test_absent_ranks_are_named_by_those_that_are_there() -> None:
+    port = free_port()
+    workers = [
+        subprocess.Popen([sys.executable, "-c", JOIN], env=environment(rank, port), text=True, stderr=subprocess.PIPE)
+        for rank in (0, 2)
+    ]
+    try:
+        said = [worker.communicate(timeout=90)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    for text in said:
+        assert "refused: rank 1 of 3 did not arrive within 4 s (node 1, counted from 0)" in text
+
+
+@pytest.mark.dist
+def test_a_first_rank_that_is_absent_is_named() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", JOIN], env=environment(1, free_port(), 2), text=True, capture_output=True, timeout=90
+    )
+    assert done.returncode == 1
+    assert "found nobody at 127.0.0.1:" in done.stderr
+    assert "rank 0 is absent" in done.stderr
+
+
+@pytest.mark.dist
+def test_two_ranks_are_examined_together(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(CSV)
+    config = "model: {name: demo:minilm}\ndata: {train: rows.csv}\nfreeze: backbone\ntrack: {wandb: off}\n"
+    (tmp_path / "c.yaml").write_text(config + "shard: {strategy: zero2}\ntrain: {global_batch_size: 8}\n")
+    command = [
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        "-m",
+        "dist_finetune",
+        "doctor",
+        "c.yaml",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=tmp_path,
+        env={**environment(0, 1, 1), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=150)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, out + err
+    assert re.search(r"^ok    ranks +2 ranks by torchrun on 1 machine", out, re.MULTILINE)
+    assert re.search(r"^ok    all-reduce +sums are right, \d+\.\d\d GB/s", out, re.MULTILINE)
+    assert re.search(r"^ok    slowest rank slowest is rank 1 on .*GB/s", out, re.MULTILINE)
+    assert re.search(r"^ok    clocks +within 0\.\d+ s", out, re.MULTILINE)
+    assert re.search(r"^ok    config +zero2, fp32; Accelerate and DeepSpeed see 2", out, re.MULTILINE)
+    assert out.count("versions") == 1, "both ranks say the same, once"
+
+
+# --- prices ----------------------------------------------------------------------------------------------------------
+
+
+def test_hours_and_price_follow_from_the_operations(planned: Plan) -> None:
+    prices = {"slow": GpuPrice(per_hour=1, tflops=10, efficiency=0.5), "fast": GpuPrice(per_hour=1, tflops=100)}
+    fast, slow = run_costs(planned, prices)
+    assert (fast.gpu, slow.gpu) == ("fast", "slow")
+    assert slow.hours == pytest.approx(fast.hours * 100 * 0.35 / (10 * 0.5))
+    assert fast.price == pytest.approx(fast.hours * 2), "two GPUs"
+    assert planned.costs.forecast is not None
+    trained = planned.total_steps * planned.batches.global_batch_size * planned.costs.forecast.frozen_flops
+    assert fast.hours * 3600 * 100e12 * 0.35 * 2 == pytest.approx(trained, rel=0.2), "training is most of it"
+    assert cost_lines(planned, prices)[0].startswith("price     fast x 2: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1]", "has an entry for each GPU"),
+        ("a: {per_hour: 1}\nb: {per_hour: -1, tflops: 2}", "tflops"),
+        ("a: [", "no price list"),
+        ("T4: {per_hour: 1, tflops: 2, efficency: 1}", "efficency"),
+    ],
+)
+def test_wrong_price_lists(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_prices(tmp_path / "p.yaml")
+    with pytest.raises(UserError, match="no price list"):
+        read_prices(tmp_path / "absent.yaml")
