@@ -21,7 +21,7 @@ def run_task(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summ
         finally:
             leave_world(world)
     if spec.task == "features":
-        return compare_heads(spec, fresh)
+        return compare_heads(spec, fresh, changes)
     return train(spec, fresh, changes)
 
 

@@ -46,43 +46,38 @@ def extract_split(
     store: Store,
     world: World,
     autocast: bool,
-    progress: Callable[[int], None] = lambda num_rows: None,
+    between: Callable[[int], None] = lambda num_rows: None,
 ) -> int:
     """Computes and writes the shards of a split that are not there yet; returns their rows over all ranks. Collective.
 
-    `progress` is told how many rows this rank did so far.
+    Before each shard `between` is called, as often on every rank, with the rows this rank did so far; it may raise
+    to end the extraction.
     """
     shards = plan_shards(rows, store.key.batch_size)
     pending = on_first(world, lambda: [s.number for s in shards if not store.holds(split, s.number, s.ids)])
     mine = [shards[number] for number in pending[world.rank :: world.world_size]]
-    together(lambda: _extract(split, rows, mine, capture, store, world, autocast, progress))
+    batches = _batches(rows, mine)
+    done = 0
+    for turn in range(-(-len(pending) // world.world_size)):
+        between(done)
+        if turn < len(mine):
+            store.write(split, mine[turn].number, _features(mine[turn], batches, capture, world, autocast))
+            done += len(mine[turn].ids)
+    together(lambda: None)  # nobody reads before everybody has written
     return sum(len(shards[number].ids) for number in pending)
 
 
-def _extract(
-    split: str,
-    rows: Rows,
-    shards: list[Shard],
-    capture: Capture,
-    store: Store,
-    world: World,
-    autocast: bool,
-    progress: Callable[[int], None],
-) -> None:
-    batches = _batches(rows, shards)
-    done = 0
-    for shard in shards:
-        parts: dict[str, list[Tensor]] = {}
-        for _ in shard.batches:
-            batch = next(batches)
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=autocast):
-                features = capture.features(batch, world.device)
-            for name, values in {**features, "labels": batch["labels"]}.items():
-                parts.setdefault(name, []).append(values)
-            done += len(batch["labels"])
-            progress(done)
-        ids = torch.from_numpy(shard.ids)
-        store.write(split, shard.number, {"ids": ids} | {name: torch.cat(values) for name, values in parts.items()})
+def _features(
+    shard: Shard, batches: Iterator[dict[str, Tensor]], capture: Capture, world: World, autocast: bool
+) -> dict[str, Tensor]:
+    parts: dict[str, list[Tensor]] = {}
+    for _ in shard.batches:
+        batch = next(batches)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=autocast):
+            features = capture.features(batch, world.device)
+        for name, values in {**features, "labels": batch["labels"]}.items():
+            parts.setdefault(name, []).append(values)
+    return {"ids": torch.from_numpy(shard.ids)} | {name: torch.cat(values) for name, values in parts.items()}
 
 
 def _batches(rows: Rows, shards: list[Shard]) -> Iterator[dict[str, Tensor]]:

@@ -101,14 +101,17 @@ def prepare_features(spec: Spec, tables: Tables, folder: Path, world: World, rep
     )
 
 
-def extract_all(job: FeatureJob) -> ExtractionCost:
-    """Features of all splits at all depths, on disk; what an earlier, interrupted run left is not computed again."""
+def extract_all(job: FeatureJob, check: Callable[[], None] = lambda: None) -> ExtractionCost:
+    """Features of all splits at all depths, on disk; what an earlier, interrupted run left is not computed again.
+
+    `check` is called before each shard, as often on every rank; it may raise to end the extraction. Collective.
+    """
     on_first(job.world, job.store.open)
     started_s = time.perf_counter()
     num_done, pool = 0, job.plan.spec.features.pool
     with Capture(job.model, job.plan.structure, job.depths, pool) as capture:
         for split, rows in job.splits.items():
-            tell = _progress(job.report, split, rows.num_rows, job.world.world_size)
+            tell = _progress(job.report, split, rows.num_rows, job.world.world_size, check)
             autocast = job.plan.precision == "bf16"
             num_done += extract_split(split, rows, capture, job.store, job.world, autocast, tell)
     return ExtractionCost(num_done, max(gather_objects(time.perf_counter() - started_s)))
@@ -157,12 +160,15 @@ def _inputs_sha256(plan: Plan, splits: dict[str, Rows]) -> str:
     return total.hexdigest()
 
 
-def _progress(report: Reporter, split: str, num_rows: int, world_size: int) -> Callable[[int], None]:
-    """Says how far extraction is, every few seconds."""
+def _progress(
+    report: Reporter, split: str, num_rows: int, world_size: int, check: Callable[[], None]
+) -> Callable[[int], None]:
+    """Calls `check`, and says how far extraction is every few seconds."""
     last_s = time.monotonic()
 
     def tell(num_done: int) -> None:
         nonlocal last_s
+        check()
         if time.monotonic() - last_s > PLAIN_LINE_EVERY_S:
             last_s = time.monotonic()
             report.say(f"{split}: features of about {min(num_rows, num_done * world_size):,} of {num_rows:,} rows")

@@ -13,22 +13,24 @@ from dist_finetune.features.files import (
 )
 from dist_finetune.features.fold import Agreement, fold_head, fold_problem, verify_folded
 from dist_finetune.features.heads import MAX_EXACT_ROWS, HeadFit, fit_head, heads_for
-from dist_finetune.features.job import FeatureJob, extract_all, prepare_features, refuse_idle_settings
+from dist_finetune.features.job import ExtractionCost, FeatureJob, extract_all, prepare_features, refuse_idle_settings
 from dist_finetune.features.minibatch import fit_minibatch
 from dist_finetune.features.results import HeadResult, head_result, render_results
 from dist_finetune.models.export import export_model
 from dist_finetune.report import Reporter
-from dist_finetune.run_folder import check_run_folder, folder_of, start_run_folder, write_json
+from dist_finetune.run_folder import Changes, check_run_folder, folder_of, start_run_folder, write_json
 from dist_finetune.spec import Spec
 from dist_finetune.spec_features import HeadKind
+from dist_finetune.stopping import Stopped, StopWish
 from dist_finetune.summary import write_end
 from dist_finetune.world import World, gather_objects, join_world, leave_world, on_first, together
 
 
-def compare_heads(spec: Spec, fresh: bool = False) -> FeatureSummary:
+def compare_heads(spec: Spec, fresh: bool = False, changes: Changes = "none") -> FeatureSummary:
     """Runs `task: features` as one rank of the job it finds itself in, and returns the summary.
 
-    An interrupted run goes on with the features it has. Raises DistFinetuneError; every rank raises, none waits.
+    An interrupted run goes on with the features it has; `changes` says what may differ from its config. Raises
+    DistFinetuneError; every rank raises, none waits.
     """
     started_s = time.perf_counter()
     refuse_idle_settings(spec)
@@ -36,12 +38,12 @@ def compare_heads(spec: Spec, fresh: bool = False) -> FeatureSummary:
     report = Reporter(world.is_first)
     folder = folder_of(spec)
     try:
-        if on_first(world, lambda: check_run_folder(spec, fresh, "none")) == "finished":
+        if on_first(world, lambda: check_run_folder(spec, fresh, changes)) == "finished":
             report.say(f"{folder} is finished; --fresh runs it again")
             return load_feature_summary(folder)
         return _run(spec, fresh, world, report, started_s)
     except Exception as error:
-        write_end(folder, "failed", error, world)
+        write_end(folder, "stopped" if isinstance(error, Stopped) else "failed", error, world)
         report.finish({}, exit_code=1)
         raise
     finally:
@@ -58,7 +60,7 @@ def _run(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: flo
     on_first(world, lambda: write_start_files(job))
     report.open_files(folder)
     report.open_trackers(spec, folder, spec.model_dump(mode="json", by_alias=True))
-    cost = extract_all(job)
+    cost = _extract(job, started_s)
     report.say(f"{cost.num_rows:,} rows extracted, {cost.samples_per_s:.1f} a second, in {job.store.folder}")
     found = fit_heads(job)
     results = tuple(result for _, result in found)
@@ -86,6 +88,23 @@ def _run(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: flo
     report.say(f"model/    {note}\nplot      {folder / 'features.svg'}")
     report.finish(summary.to_json(), exit_code=0)
     return summary
+
+
+def _extract(job: FeatureJob, started_s: float) -> ExtractionCost:
+    """Extraction that ends between two shards where the run is told to stop. Raises Stopped, on every rank at once."""
+    with StopWish(job.world, job.folder, job.plan.spec.launch.time_limit, started_s, None) as stop:
+
+        def check() -> None:
+            reason = stop.agreed().reason
+            if reason:
+                stop.settle()
+                raise Stopped(
+                    f"stopped on {reason}; what is extracted is kept. Go on with: dist-finetune resume {job.folder}"
+                )
+
+        cost = extract_all(job, check)
+        stop.settle()
+    return cost
 
 
 def fit_heads(job: FeatureJob) -> list[Found]:

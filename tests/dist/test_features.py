@@ -136,6 +136,22 @@ def test_extraction_goes_on_where_it_stopped_at_another_world_size(material: Mat
     assert "is finished" in again.stdout
 
 
+def test_extraction_stops_at_its_time_limit_and_is_resumed(material: Material, tmp_path: Path) -> None:
+    options = material.text(
+        **FEATURES, **BATCH, launch={"time_limit": 0.5}, features={"at": ["head"], "heads": ["svm"]}
+    )
+    config = write_config(tmp_path / "c.yaml", options, output=str(tmp_path / "runs"))
+    done = finish([sys.executable, "-m", "dist_finetune", "run", str(config), "--processes", "2"], 200, tmp_path)
+    folder = tmp_path / "runs" / "c"
+    assert done.returncode == 75, done.stderr[-3000:]
+    assert read_json(folder / "summary.json")["status"] == "stopped"
+    assert "launch.time_limit" in read_json(folder / "summary.json")["message"]
+    command = [sys.executable, "-m", "dist_finetune", "resume", str(folder), "launch.time_limit=null"]
+    done = finish(command, 200, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 0 < read_json(folder / "summary.json")["extracted_rows"] < NUM_TRAIN + NUM_VALIDATION
+
+
 def test_one_ranks_bad_depth_and_idle_settings_are_refused_by_all(material: Material, runs: RunJobs) -> None:
     jobs = [
         Job("depth", material.text(**FEATURES, features={"at": ["9"]})),
