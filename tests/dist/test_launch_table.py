@@ -1,0 +1,106 @@
+"""The other rows of the launch table: mpirun, elastic torchrun, and a torchrun on each of two machines.
+
+`test_launchers_agree.py` has those that start on one machine, `tests/slurm` those of srun.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Run, clean_environment, finish, torchrun, write_config
+from material import Material
+
+pytestmark = pytest.mark.dist
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+WORKER = ["-m", "dist_finetune", "train"]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def config(material: Material, folder: Path, name: str) -> Path:
+    """Ten steps of a run at ZeRO-2."""
+    content = material.text(shard={"strategy": "zero2"}, train={"epochs": 1})
+    return write_config(folder / f"{name}.yaml", content, output=str(folder / "runs"))
+
+
+@pytest.fixture(scope="module")
+def reference(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("reference")
+    done = finish([*torchrun(2), *WORKER, str(config(material, folder, "reference"))], 200, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Run(folder / "runs" / "reference", ())
+
+
+def assert_same(run: Run, reference: Run) -> None:
+    assert (run.summary["status"], run.summary["world_size"]) == ("finished", 2)
+    for key in ("train/loss", "train/lr", "eval/loss", "progress/samples"):
+        assert len(run.series(key)) == len(reference.series(key)) > 0
+        assert run.series(key) == reference.series(key), key
+    ours, theirs = run.weights(), reference.weights()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun here: apt-get install openmpi-bin")
+def test_mpirun(material: Material, reference: Run, tmp_path: Path) -> None:
+    path = config(material, tmp_path, "mpirun")
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    meeting = ["-x", "MASTER_ADDR=127.0.0.1", "-x", f"MASTER_PORT={free_port()}"]
+    command = ["mpirun", *root, "--oversubscribe", "-np", "2", *meeting, sys.executable, *WORKER, str(path)]
+    done = finish(command, 200, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(Run(tmp_path / "runs" / "mpirun", ()), reference)
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun here: apt-get install openmpi-bin")
+def test_mpirun_without_a_meeting_point_is_told_how(material: Material, tmp_path: Path) -> None:
+    path = config(material, tmp_path, "lost")
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    done = finish(["mpirun", *root, "--oversubscribe", "-np", "2", sys.executable, *WORKER, str(path)], 120, tmp_path)
+    assert done.returncode != 0
+    assert "mpirun -x MASTER_ADDR=" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_elastic_torchrun_with_as_many_machines_as_come(material: Material, reference: Run, tmp_path: Path) -> None:
+    path = config(material, tmp_path, "elastic")
+    elastic = ["--nnodes=1:4", "--nproc-per-node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
+    # An elastic start waits a while for more machines; here none will come.
+    command = [*TORCHRUN, *elastic, "--rdzv-conf=last_call_timeout=1", *WORKER, str(path)]
+    done = finish(command, 200, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(Run(tmp_path / "runs" / "elastic", ()), reference)
+
+
+def test_a_torchrun_on_each_of_two_machines(material: Material, reference: Run, tmp_path: Path) -> None:
+    path = config(material, tmp_path, "two")
+    port = free_port()
+    nodes = [
+        subprocess.Popen(
+            [
+                *TORCHRUN, "--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}", "--master-addr=127.0.0.1",
+                f"--master-port={port}", *WORKER, str(path),
+            ],
+            cwd=tmp_path, env=clean_environment(), text=True, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        errors = [node.communicate(timeout=200)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGKILL)
+            node.communicate()
+    assert [node.returncode for node in nodes] == [0, 0], errors[0][-3000:]
+    assert_same(Run(tmp_path / "runs" / "two", ()), reference)
