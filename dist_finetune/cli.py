@@ -246,18 +246,16 @@ def plan(
     """Show what a run would freeze, train and need, without GPU and weights; exit code 1 if it doesn't fit."""
     spec = _load(config, overrides)
     memory = _parse_bytes(gpu_memory) if gpu_memory else None
-    from dist_finetune.task import refuse_unplanned
-
-    refuse_unplanned(spec)
     from dist_finetune.plan import Topology, local_topology, make_plan
     from dist_finetune.plan_text import render_plan
+    from dist_finetune.task import for_planning
 
     here = local_topology(gpus_per_node or 1, nodes)
     asks_for_gpus = gpus_per_node is not None or memory is not None
     topology = (
         Topology(nodes, gpus_per_node or 1, "cuda", memory or here.device_memory_bytes) if asks_for_gpus else here
     )
-    planned = make_plan(spec, topology)
+    planned = make_plan(for_planning(spec), topology)
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=1))
     else:

@@ -67,6 +67,8 @@ def plan_notes(plan: Plan) -> list[str]:
     """What is allowed, but the user may not have meant; each once."""
     many = len(plan.phases) > 1
     notes = [(f"{p.name}: " if many else "") + note.message for p in plan.phases for note in p.notes]
+    if plan.spec.task == "features":
+        notes = ["task: features: no layer is trained; each row is run through the model once, then heads are fitted"]
     replicated = replication_note(plan)
     return list(dict.fromkeys([*notes, replicated] if replicated else notes))
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dist_finetune.price import GpuPrice, cost_lines, read_prices
 from dist_finetune.run_folder import LOGS, check_run_folder, folder_of, start_run_folder, write_text
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec, resolved_yaml
-from dist_finetune.task import refuse_unplanned
+from dist_finetune.task import for_planning
 
 JOB_FILES = {"slurm": "job.sbatch", "skypilot": "skypilot.yaml", "dstack": "dstack.yaml", "kubernetes": "k8s.yaml"}
 SBATCH_TIMEOUT_S = 120
@@ -93,7 +94,7 @@ def _write(folder: Path, path: Path, text: str, specs: Sequence[Spec], fresh: bo
 def _specs(config: str, overrides: Sequence[str], request: Request) -> list[Spec]:
     """One spec, or those of a sweep, whose folders lie in the folder that the run itself would have had."""
     base = load_spec(config, overrides)
-    refuse_unplanned(base)
+    for_planning(base)  # refuses what can't be planned before a sweep is unrolled
     trials = sweep_trials(request.sweep)
     specs = [
         load_spec(config, [*overrides, *trial.overrides]).model_copy(
@@ -115,14 +116,16 @@ def _plans(specs: Sequence[Spec], request: Request) -> list[Plan]:
         key = f"{spec.data!r} {spec.train.seed}"
         if key not in read:
             read[key] = read_tables(spec.data, spec.train.seed)
-        plans.append(plan_run(spec, topology, read[key], measure=measure))
+        plan = plan_run(for_planning(spec), topology, read[key], measure=measure)
+        plans.append(replace(plan, spec=spec))
     return plans
 
 
 def _topology(spec: Spec, request: Request) -> Topology:
     if request.gpus_per_node == 0:
         return Topology(request.nodes, request.processes_per_node or 1, "cpu")
-    return Topology(request.nodes, request.gpus_per_node, "cuda", request.gpu_memory_bytes)
+    memory = request.gpu_memory_bytes or (spec.launch.slurm.gpu_memory if request.to == "slurm" else None)
+    return Topology(request.nodes, request.gpus_per_node, "cuda", memory)
 
 
 def _text(folder: Path, specs: Sequence[Spec], plans: Sequence[Plan], request: Request) -> str:

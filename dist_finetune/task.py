@@ -3,10 +3,11 @@
 from dist_finetune.advise.run import follow_advice
 from dist_finetune.errors import UserError
 from dist_finetune.features.files import FeatureSummary
+from dist_finetune.features.job import refuse_idle_settings
 from dist_finetune.features.run import compare_heads
 from dist_finetune.run import train
 from dist_finetune.run_folder import Changes
-from dist_finetune.spec import Spec
+from dist_finetune.spec import FreezeSpec, Spec
 from dist_finetune.summary import Summary
 from dist_finetune.world import join_world, leave_world
 
@@ -25,14 +26,18 @@ def run_task(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summ
     return train(spec, fresh, changes)
 
 
-def refuse_unplanned(spec: Spec) -> None:
-    """Raises UserError for a config whose run no training plan describes."""
+def for_planning(spec: Spec) -> Spec:
+    """The spec whose plan tells what a run of `spec` needs. Extracting features is planned as training the head alone,
+    which holds the model just so.
+
+    Raises UserError where measuring comes first.
+    """
     if spec.strategy == "auto":
         raise UserError(
             "strategy: auto is decided by measuring: run `dist-finetune advise` on this config, then plan the "
             "advice.yaml that it writes"
         )
     if spec.task == "features":
-        raise UserError(
-            "task: features trains no layer, so there is no training to plan; `dist-finetune features` runs it"
-        )
+        refuse_idle_settings(spec)
+        return spec.model_copy(update={"freeze": FreezeSpec(rule="backbone")})
+    return spec

@@ -20,7 +20,7 @@ from dist_finetune.data.tables import Tables
 from dist_finetune.errors import UserError
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec
-from dist_finetune.task import refuse_unplanned
+from dist_finetune.task import for_planning
 
 
 def spec_of(**more: Any) -> Spec:
@@ -125,10 +125,11 @@ def test_auto_does_not_overrule_what_the_user_decided(more: dict[str, Any]) -> N
 
 def test_what_is_not_known_yet_is_not_planned() -> None:
     with pytest.raises(UserError, match="dist-finetune advise"):
-        refuse_unplanned(spec_of(strategy="auto"))
-    with pytest.raises(UserError, match="dist-finetune features"):
-        refuse_unplanned(spec_of(task="features"))
-    refuse_unplanned(spec_of())
+        for_planning(spec_of(strategy="auto"))
+    assert for_planning(spec_of(task="features")).freeze.rule == "backbone"
+    assert for_planning(spec_of(freeze="norms")) == spec_of(freeze="norms")
+    with pytest.raises(UserError, match="freeze would have no effect"):
+        for_planning(spec_of(task="features", freeze="norms"))
 
 
 @pytest.mark.parametrize("num_features", [3, 40])
