@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from dist_finetune.durations import parse_duration_s
+from dist_finetune.durations import parse_bytes, parse_duration_s
 from dist_finetune.spec_base import PositiveInt, Section, StringList
 
 SLURM_TIME = re.compile(r"\d+-\d+(:\d+){0,2}|\d+:\d+(:\d+)?")
@@ -49,6 +49,10 @@ def slurm_time(value: Any) -> Any:
     days, seconds = divmod(seconds, 86400)
     clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
     return f"{days}-{clock}" if days else clock
+
+
+def _bytes(value: Any) -> Any:
+    return value if value is None else parse_bytes(value)
 
 
 def _one_line(value: str) -> str:
@@ -106,7 +110,10 @@ class SlurmSpec(Section):
     """Features that nodes must have, such as "a100&ib"."""
     gpu_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
     """SLURM's name of the GPU, where the site has several."""
-    gpu_memory: Line | None = None
+    gpu_memory: Annotated[
+        int | None,
+        BeforeValidator(lambda v: v if v is None else parse_bytes(v), json_schema_input_type=int | str | None),
+    ] = None
     """Memory of one GPU, such as 80GiB, so that the plan can tell whether the run fits."""
     cpus_per_process: PositiveInt = 4
     """CPU cores for each GPU, or for each process where there are none."""
