@@ -110,10 +110,7 @@ class SlurmSpec(Section):
     """Features that nodes must have, such as "a100&ib"."""
     gpu_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
     """SLURM's name of the GPU, where the site has several."""
-    gpu_memory: Annotated[
-        int | None,
-        BeforeValidator(lambda v: v if v is None else parse_bytes(v), json_schema_input_type=int | str | None),
-    ] = None
+    gpu_memory: Annotated[int | None, BeforeValidator(_bytes, json_schema_input_type=int | str | None)] = None
     """Memory of one GPU, such as 80GiB, so that the plan can tell whether the run fits."""
     cpus_per_process: PositiveInt = 4
     """CPU cores for each GPU, or for each process where there are none."""
