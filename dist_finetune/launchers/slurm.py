@@ -18,7 +18,8 @@ SAVE_BYTES_PER_S = 100e6
 BEFORE_SAVE_S = 60
 # SLURM takes a time limit's last seconds for itself; before them the job asks to be queued again, saved or not.
 RESERVE_S = 15
-LAST_WORDS_S = 90
+# Rank 0 closes W&B (a minute at most) after the save; at a SIGTERM SLURM mostly leaves half a minute for everything.
+LAST_WORDS_S, SHORT_WORDS_S = 90, 10
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
 USAGE = "usage: sbatch {file} CONFIG [key=value ...]"
 
@@ -194,6 +195,7 @@ def _body(job: SlurmJob) -> str:
         "MAX_ATTEMPTS": str(job.site.max_requeues + 1),
         "GIVE_UP": str(max(1, job.grace_s - RESERVE_S)),
         "LAST_WORDS": str(LAST_WORDS_S),
+        "SHORT_WORDS": str(SHORT_WORDS_S),
         "FIRST_PORT": str(FIRST_PORT),
         "NUM_PORTS": str(NUM_PORTS),
         "CONTAINER": "".join(f" {flag}" for flag in container),
@@ -243,12 +245,13 @@ trap on_sigterm TERM
 # One launcher a node. Its rank is read there: in this shell $SLURM_NODEID is always 0.
 # Told to stop, the first node ends first, which ends the others: rank 0 still has its logs and trackers to close.
 node='
-stopped=
-trap "stopped=1" USR1 TERM
+last_words_s=0
+trap "last_words_s=@LAST_WORDS@" USR1
+trap "[ \$last_words_s -gt 0 ] || last_words_s=@SHORT_WORDS@" TERM
 "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"
 code=$?
-[ -z "$stopped" ] || [ "$code" -eq 0 ] || code=75
-[ "$code" -ne 75 ] || [ "$SLURM_NODEID" -eq 0 ] || sleep @LAST_WORDS@
+[ "$code" -eq 0 ] || [ "$last_words_s" -lt @LAST_WORDS@ ] || code=75
+[ "$code" -eq 0 ] || [ "$SLURM_NODEID" -eq 0 ] || sleep "$last_words_s"
 exit "$code"'
 
 # A rank that fails ends the job on all nodes, rather than holding them until the time limit.
