@@ -4,7 +4,8 @@
 #
 #   tests/slurm/cluster.sh start FOLDER     then: export SLURM_CONF=FOLDER/slurm.conf
 #   tests/slurm/cluster.sh stop FOLDER
-#   tests/slurm/cluster.sh kill-node FOLDER n2
+#   tests/slurm/cluster.sh lose-node FOLDER n2      as when its power goes: nothing answers any more, nothing is closed
+#   tests/slurm/cluster.sh return-node FOLDER n2
 #
 # FOLDER holds the configuration, logs and state. Both nodes are this machine, so their names go into /etc/hosts while the
 # cluster is up. Ports are derived from the shell's id, so that two clusters don't meet each other.
@@ -87,6 +88,34 @@ stop() {
     fi
 }
 
+lose_node() {
+    kill -KILL "$(cat "$1/slurmd-$2.pid")"
+    for pid in $(processes_of "$2"); do
+        kill -STOP "$pid" 2> /dev/null || true
+    done
+}
+
+return_node() {
+    for pid in $(processes_of "$2"); do
+        kill -KILL "$pid" 2> /dev/null || true
+    done
+    export SLURM_CONF=$1/slurm.conf
+    slurmd -N "$2"
+    scontrol update NodeName="$2" State=RESUME || true
+}
+
+# The tasks of a node, and the slurmstepd above each.
+processes_of() {
+    local environ pid parent
+    for environ in $(grep --files-with-matches --null-data --no-messages "^SLURMD_NODENAME=$1\$" /proc/[0-9]*/environ); do
+        pid=${environ#/proc/}
+        pid=${pid%/environ}
+        echo "$pid"
+        parent=$(awk '/^PPid:/ { print $2 }' "/proc/$pid/status" 2> /dev/null) || continue
+        [ "$(cat "/proc/$parent/comm" 2> /dev/null)" != slurmstepd ] || echo "$parent"
+    done | sort -u
+}
+
 end_process() {
     local pid
     [ -s "$1" ] || return 0
@@ -101,7 +130,8 @@ end_process() {
 
 case "${1:-}" in
     start | stop) [ -n "${2:-}" ] && "$1" "$(realpath -m "$2")" ;;
-    kill-node) kill -KILL "$(cat "$2/slurmd-$3.pid")" ;;
+    lose-node) lose_node "$2" "$3" ;;
+    return-node) return_node "$2" "$3" ;;
     *)
         grep '^#  ' "${BASH_SOURCE[0]}" >&2
         exit 2
