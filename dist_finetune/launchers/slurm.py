@@ -250,6 +250,7 @@ trap "last_words_s=@LAST_WORDS@" USR1
 trap "[ \$last_words_s -gt 0 ] || last_words_s=@SHORT_WORDS@" TERM
 "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"
 code=$?
+[ "$code" -lt 128 ] || code=1
 [ "$code" -eq 0 ] || [ "$last_words_s" -lt @LAST_WORDS@ ] || code=75
 [ "$code" -eq 0 ] || [ "$SLURM_NODEID" -eq 0 ] || sleep "$last_words_s"
 exit "$code"'
