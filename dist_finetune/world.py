@@ -67,9 +67,7 @@ def join_world(launch: LaunchSpec) -> World:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             store = meet(found, launch.join_timeout)
-            dist.init_process_group(
-                backend, store=store, rank=found.rank, world_size=found.world_size, timeout=timeout
-            )
+            dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.world_size, timeout=timeout)
     world = World(
         found.launcher, found.rank, found.local_rank, found.world_size, found.local_world_size, device, made_group
     )
