@@ -42,6 +42,8 @@ class Evidence:
     num_rows: int
     num_classes: int
     smallest_class: int
+    median_class: float
+    """Rows of the middle class: a mean would let one large class speak for many small ones."""
     largest_class: int
     num_sampled: int
     probes: tuple[Probe, ...]
@@ -49,10 +51,6 @@ class Evidence:
     """Of the best depth with half of the sample: what more rows are worth."""
     seconds_a_row: float
     """One forward pass of one row on one rank."""
-
-    @property
-    def rows_a_class(self) -> float:
-        return self.num_rows / self.num_classes
 
     @property
     def majority_share(self) -> float:
@@ -116,6 +114,7 @@ def measure(job: FeatureJob, labels: Sequence[int], cost: ExtractionCost) -> Evi
         num_rows=len(labels),
         num_classes=job.num_classes,
         smallest_class=int(counts.min()),
+        median_class=float(np.median(counts)),
         largest_class=int(counts.max()),
         num_sampled=num_rows,
         probes=probes,

@@ -34,7 +34,7 @@ class Verdict:
 
 def judge(evidence: Evidence, depth: int, default_lr: float) -> Verdict:
     """The verdict on a network of `depth` blocks whose pre-trained weights usually take `default_lr`."""
-    large = evidence.num_rows >= LARGE_ROWS and evidence.rows_a_class >= LARGE_ROWS_A_CLASS
+    large = evidence.num_rows >= LARGE_ROWS and evidence.median_class >= LARGE_ROWS_A_CLASS
     similar = is_similar(evidence)
     size: Literal["large", "small"] = "large" if large else "small"
     likeness: Literal["similar", "different"] = "similar" if similar else "different"
@@ -84,7 +84,8 @@ def _size_reason(evidence: Evidence, large: bool) -> str:
     uneven = f", the largest {skew:.1f} times the smallest" if skew >= 1.5 else ""
     return (
         f"{'large' if large else 'small'}: {evidence.num_rows:,} training rows in {evidence.num_classes} classes, "
-        f"{evidence.rows_a_class:.0f} a class{uneven} (large is {LARGE_ROWS:,} rows and {LARGE_ROWS_A_CLASS} a class)"
+        f"{evidence.median_class:.0f} in the middle one{uneven} "
+        f"(large is {LARGE_ROWS:,} rows and {LARGE_ROWS_A_CLASS} there)"
     )
 
 

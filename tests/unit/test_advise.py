@@ -42,7 +42,7 @@ def evidence(accuracies: list[float], num_rows: int = 400, num_classes: int = 2)
         for i, (word, accuracy) in enumerate(zip(words, accuracies, strict=True))
     )
     share = num_rows // num_classes
-    return Evidence("text", num_rows, num_classes, share, share, min(num_rows, 2000), probes, 0.5, 0.01)
+    return Evidence("text", num_rows, num_classes, share, share, share, min(num_rows, 2000), probes, 0.5, 0.01)
 
 
 RISING = [0.5, 0.6, 0.7, 0.8, 0.9, 0.85]
@@ -81,6 +81,13 @@ def test_a_peak_within_chance_is_none() -> None:
 
 def test_many_rows_over_very_many_classes_are_no_large_data() -> None:
     assert judge(evidence(RISING, 5000, 200), 4, 5e-5).situation.startswith("small")
+
+
+def test_one_large_class_does_not_make_many_small_ones_large() -> None:
+    uneven = replace(evidence(RISING, 5000, 20), smallest_class=20, median_class=30.0, largest_class=4000)
+    found = judge(uneven, 4, 5e-5)
+    assert found.situation.startswith("small")
+    assert "the largest 200.0 times the smallest" in found.reasons[0]
 
 
 def test_nothing_is_trained_where_the_probe_leaves_nothing_to_win() -> None:
