@@ -17,6 +17,7 @@ from dist_finetune.errors import DistFinetuneError, PlanError, UserError
 from dist_finetune.launchers.brought import brought_settings
 from dist_finetune.launchers.environment import refuse_run_in_many
 from dist_finetune.launchers.local import count_gpus, launch_local, num_workers
+from dist_finetune.signals import follow_launcher, hold_back_signals
 
 if TYPE_CHECKING:
     from dist_finetune.spec import Spec
@@ -106,7 +107,7 @@ def run(
     spec = _load(config, overrides)
     folder = Path(spec.output) / spec.name
     arguments = [config, *(overrides or ()), *(["--fresh"] if fresh else [])]
-    raise typer.Exit(_launch(arguments, folder, gpus, processes, fresh))
+    raise typer.Exit(_launch(arguments, folder, gpus, processes, fresh, spec.launch.max_restarts))
 
 
 @app.command()
@@ -131,9 +132,10 @@ def resume(
         f"name={json.dumps(run_folder.absolute().name)}",
     ]
     arguments = [str(config), *(overrides or ()), *moved]
-    _load(arguments[0], arguments[1:])
+    spec = _load(arguments[0], arguments[1:])
     changes = ["--changes", "allow" if allow else "layout"]
-    raise typer.Exit(_launch([*arguments, *changes], run_folder, gpus, processes, fresh=False))
+    max_restarts = spec.launch.max_restarts
+    raise typer.Exit(_launch([*arguments, *changes], run_folder, gpus, processes, False, max_restarts))
 
 
 @app.command()
@@ -165,7 +167,9 @@ def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", sho
     raise typer.Exit(0 if is_good else 1)
 
 
-def _launch(arguments: list[str], folder: Path, gpus: int | None, processes: int | None, fresh: bool) -> int:
+def _launch(
+    arguments: list[str], folder: Path, gpus: int | None, processes: int | None, fresh: bool, max_restarts: int
+) -> int:
     """Starts the workers of a run on this machine and returns their exit code."""
     refuse_run_in_many(os.environ)
     world_size = num_workers(gpus, processes, count_gpus())
@@ -176,7 +180,7 @@ def _launch(arguments: list[str], folder: Path, gpus: int | None, processes: int
 
     debug = ["--debug"] if "--debug" in sys.argv else []
     worker = [sys.executable, "-m", "dist_finetune", *debug, "train", *arguments]
-    return launch_local(worker, world_size, folder / "logs", folder_ready)
+    return launch_local(worker, world_size, folder / "logs", folder_ready, max_restarts=max_restarts)
 
 
 def _identity(folder: Path) -> int | None:
@@ -194,10 +198,16 @@ def train(
     ] = "none",
 ) -> None:
     """Be one worker of the job that torchrun, accelerate launch, deepspeed or srun started; alone, a job of one."""
+    follow_launcher()
     spec = _load(config, overrides)
+    if spec.task != "features" and spec.strategy != "auto":
+        hold_back_signals()  # until training can answer them with a checkpoint
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     from dist_finetune.task import run_task
 
-    run_task(spec, fresh=fresh, changes=changes)
+    # record: torchrun shows the error of the rank that failed first, last
+    record(run_task)(spec, fresh=fresh, changes=changes)
 
 
 @app.command()
@@ -221,7 +231,7 @@ def features(
         spec = _load(config, arguments[1:])
     folder = Path(spec.output) / spec.name
     arguments += ["--fresh"] if fresh else []
-    raise typer.Exit(_launch(arguments, folder, gpus, processes, fresh))
+    raise typer.Exit(_launch(arguments, folder, gpus, processes, fresh, spec.launch.max_restarts))
 
 
 @app.command()

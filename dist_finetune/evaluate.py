@@ -25,7 +25,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Engine, rows: Rows, batch_size: int, world: World, between: Callable[[], None] = lambda: None
+    engine: Engine, rows: Rows, batch_size: int, world: World, between: Callable[[], object] = lambda: None
 ) -> Evaluation:
     """Runs the model over `rows`, each row on one rank, and returns the same result on every rank. Collective.
 

@@ -8,15 +8,25 @@ from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.memory.held import planned_and_actual
 from dist_finetune.save import save_model
 from dist_finetune.stage import load_base, open_stage
+from dist_finetune.stopping import Interrupted, StopWish
 from dist_finetune.summary import Summary, summarise
 from dist_finetune.summary_text import render_summary
-from dist_finetune.train import evaluate_validation
+from dist_finetune.train import stopped
 
 
 def finish_run(
-    job: Job, stage: Stage, progress: Progress, last: Evaluation | None, saver: Saver, started_s: float
+    job: Job,
+    stage: Stage,
+    progress: Progress,
+    last: Evaluation | None,
+    saver: Saver,
+    stop: StopWish,
+    started_s: float,
 ) -> Summary:
-    """Exports the last model (or the best, where `checkpoint.best` asks for it) and writes the summary. Collective."""
+    """Exports the last model (or the best, where `checkpoint.best` asks for it) and writes the summary. Collective.
+
+    Raises Stopped where told to stop while it evaluates; an export that has begun is finished.
+    """
     saver.settled()
     job.report.stop_progress()
     kept_step = progress.step
@@ -24,9 +34,15 @@ def finish_run(
         kept_step = progress.best_step
         stage.engine.close()
         stage, last = _reopen(job, saver, kept_step), None
-    final = {"validation": last or evaluate_validation(job, stage, progress.step)}
-    if "test" in stage.splits:
-        final["test"] = evaluate(stage.engine, stage.splits["test"], job.plan.batches.eval_batch_size, job.world)
+    batch_size = job.plan.batches.eval_batch_size
+    try:
+        final = {"validation": last} if last else {}
+        for split in [name for name in ("validation", "test") if name in stage.splits and name not in final]:
+            final[split] = evaluate(stage.engine, stage.splits[split], batch_size, job.world, stop.check)
+    except Interrupted as interruption:
+        stop.settle()
+        raise stopped(interruption, job, progress, saver) from None
+    stop.settle()
     verified = save_model(job, stage, final)
     total_s = time.perf_counter() - started_s
     memory = planned_and_actual(job.plan.memory[job.plan.strategy], stage.engine, job.world)

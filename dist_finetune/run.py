@@ -16,11 +16,13 @@ from dist_finetune.plan_text import plan_lines, plan_notes
 from dist_finetune.proof import verify_frozen
 from dist_finetune.report import Reporter
 from dist_finetune.run_folder import Changes, check_run_folder, folder_of, start_run_folder
+from dist_finetune.signals import StopSignals
 from dist_finetune.spec import Spec
 from dist_finetune.stage import load_base, next_stage, open_stage
 from dist_finetune.stopping import Stopped, StopWish
 from dist_finetune.summary import Summary, load_summary, write_end, write_freeze, write_start
-from dist_finetune.train import evaluate_validation, fit
+from dist_finetune.train import fit
+from dist_finetune.watchdog import Watchdog
 from dist_finetune.world import World, join_world, leave_world, on_first, require_same, together
 
 
@@ -31,22 +33,23 @@ def train(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary
     may differ from the config it was started with. Raises DistFinetuneError; every rank raises, none waits.
     """
     started_s = time.perf_counter()
-    world = join_world(spec.launch)
-    report = Reporter(world.is_first)
-    try:
-        if on_first(world, lambda: check_run_folder(spec, fresh, changes)) == "finished":
-            report.say(f"{folder_of(spec)} is finished; --fresh trains it again")
-            return load_summary(folder_of(spec))
-        return _train(spec, fresh, world, report, started_s)
-    except Exception as error:
-        write_end(folder_of(spec), "stopped" if isinstance(error, Stopped) else "failed", error, world)
-        report.finish({}, exit_code=1)
-        raise
-    finally:
-        leave_world(world)
+    with StopSignals() as signals:
+        world = join_world(spec.launch)
+        report = Reporter(world.is_first)
+        try:
+            if on_first(world, lambda: check_run_folder(spec, fresh, changes)) == "finished":
+                report.say(f"{folder_of(spec)} is finished; --fresh trains it again")
+                return load_summary(folder_of(spec))
+            return _train(spec, fresh, world, report, signals, started_s)
+        except Exception as error:
+            write_end(folder_of(spec), "stopped" if isinstance(error, Stopped) else "failed", error, world)
+            report.finish({}, exit_code=1)
+            raise
+        finally:
+            leave_world(world)
 
 
-def _train(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: float) -> Summary:
+def _train(spec: Spec, fresh: bool, world: World, report: Reporter, signals: StopSignals, started_s: float) -> Summary:
     """Plan; then for each phase load, freeze, optimizer, shard, train, prove; then save what came of it."""
     job = _prepare(spec, world, report)
     plan = job.plan
@@ -59,11 +62,10 @@ def _train(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: f
     on_first(world, lambda: write_start(job, provenance, stage))
     report.open_trackers(spec, job.folder, plan.to_json())
     report.start_progress(plan.total_steps)
-    saver = Saver(job, provenance)
-    limit_s = spec.launch.time_limit
-    with StopWish(world, job.folder, limit_s, started_s, saver.every_s) as stop:
-        if progress.before is None:
-            progress.before = evaluate_validation(job, stage, 0).metrics
+    saver = Saver(job, provenance, progress)
+    stop = StopWish(world, signals, job.folder, spec.launch.time_limit, started_s, saver.every_s)
+    end = partial(write_end, job.folder, "failed", world=world)
+    with Watchdog(world, job.folder, spec.launch.timeout, lambda: stop.num_calls, end):
         while True:
             last = fit(job, stage, progress, saver, stop)
             verify_frozen(stage.engine, stage.held_digests, world)
@@ -74,7 +76,7 @@ def _train(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: f
                 break
             stage = next_stage(job, stage, progress, saver)
             on_first(world, partial(write_freeze, job, stage))
-    return finish_run(job, stage, progress, last, saver, started_s)
+    return finish_run(job, stage, progress, last, saver, stop, started_s)
 
 
 def _prepare(spec: Spec, world: World, report: Reporter) -> Job:

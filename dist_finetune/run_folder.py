@@ -17,7 +17,7 @@ from dist_finetune.spec_file import resolved_yaml
 
 Changes = Literal["none", "layout", "allow"]
 LAYOUT_KEYS = (
-    "shard.", "launch.", "track.", "checkpoint.", "output", "data.num_workers",
+    "shard.", "launch.", "track.", "checkpoint.", "output", "name", "data.num_workers",
     "train.micro_batch_size", "train.eval_batch_size", "train.log_every",
 )  # fmt: skip
 ALLOWED_KEYS = (

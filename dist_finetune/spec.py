@@ -245,6 +245,8 @@ class LaunchSpec(Section):
     """Seconds that ranks wait for each other at the start; then the absent ones are named."""
     time_limit: DurationS | None = None
     """Stop with a checkpoint after so long, such as "3.5 h"; the run can be resumed."""
+    max_restarts: Annotated[int, Field(ge=0, le=100)] = 0
+    """How often `run` and `resume` start all processes again from the last checkpoint after one has failed."""
     slurm: Annotated[SlurmSpec, BeforeValidator(_section)] = SlurmSpec()
     cloud: Annotated[CloudSpec, BeforeValidator(_section)] = CloudSpec()
 

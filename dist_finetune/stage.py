@@ -16,6 +16,7 @@ from dist_finetune.checkpoint.saver import Saver
 from dist_finetune.data.loading import Rows
 from dist_finetune.engine import open_accelerator, shard
 from dist_finetune.engine.precision import round_frozen
+from dist_finetune.evaluate import to_device
 from dist_finetune.freeze import apply_freeze
 from dist_finetune.gradients import require_gradients
 from dist_finetune.job import Job, Progress, Stage
@@ -48,6 +49,7 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
     rounded = _rounded(job, phase, model)
     optimizer = build_optimizer(model, phase.groups)
     engine = shard(model, optimizer, job.plan, phase, accelerator, job.world)
+    engine.rehearse(to_device(splits["train"].first_batch()["inputs"], job.world.device))
     if checkpoint:
         load_moments(engine, checkpoint, checkpoint.state["adam_steps"])
         engine.loss_scale.restore(checkpoint.state["loss_scale"])

@@ -1,15 +1,7 @@
-"""Stopping early on purpose: signals, a STOP file, a time limit. All ranks agree on the step, then one checkpoint.
+"""Stopping early on purpose: signals, a STOP file, a time limit. All ranks agree on the step, then one checkpoint."""
 
-SLURM sends SIGUSR1 before a time limit and SIGTERM at preemption; torchrun and `accelerate launch` pass SIGUSR1 on only
-with PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 in their environment.
-"""
-
-import os
-import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,12 +9,11 @@ import torch.distributed as dist
 
 from dist_finetune.errors import DistFinetuneError
 from dist_finetune.run_folder import STOP_FILE
+from dist_finetune.signals import SIGNALS, StopSignals
 from dist_finetune.world import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 FILE_CHECK_EVERY_S = 1.0  # a shared file system should not be asked at every step
-SECOND_SIGNAL_AFTER_S = 2.0  # launchers and terminals deliver one wish twice, at once; a later signal means: now
-REASONS = ("", "SIGTERM", "SIGINT", "SIGUSR1", "the file STOP", "launch.time_limit")
+REASONS = ("", *(number.name for number in SIGNALS), "the file STOP", "launch.time_limit")
 
 
 class Stopped(DistFinetuneError):
@@ -31,12 +22,8 @@ class Stopped(DistFinetuneError):
     exit_code = 75
 
 
-@dataclass(frozen=True)
-class Agreed:
-    """What all ranks do at this step: stop for a reason, save because an interval in seconds is over."""
-
-    reason: str | None
-    save: bool
+class Interrupted(Exception):
+    """Carries the reason to stop out of a loop, to where the checkpoint is saved."""
 
 
 class StopWish:
@@ -47,38 +34,38 @@ class StopWish:
     """
 
     def __init__(
-        self, world: World, run: Path, time_limit_s: float | None, started_s: float, save_every_s: float | None
+        self,
+        world: World,
+        signals: StopSignals,
+        run: Path,
+        time_limit_s: float | None,
+        started_s: float,
+        save_every_s: float | None,
     ) -> None:
-        self._world, self._file = world, run / STOP_FILE
+        self._world, self._signals, self._file = world, signals, run / STOP_FILE
         self._save_every_s, self._saved_s = save_every_s, time.monotonic()
         self._deadline_s = started_s + time_limit_s if time_limit_s else None
-        self._wish, self._signalled_s, self._file_checked_s = 0, 0.0, 0.0
+        self._wish, self._file_checked_s = 0, 0.0
         self._sent: tuple[torch.Tensor, Any] | None = None
-        self._before: dict[int, Any] = {}
+        self.save_due = False
+        """True where an interval of `checkpoint.every` in seconds is over; whoever saves sets it back."""
+        self.num_calls = 0
+        """How often this rank has asked: it grows as long as the rank is alive and no other keeps it waiting."""
 
-    def __enter__(self) -> "StopWish":
-        for number in SIGNALS:
-            try:
-                self._before[number] = signal.signal(number, self._on_signal)
-            except ValueError:  # not the main thread, as in some notebooks: signals stay with whoever has them
-                break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def agreed(self) -> Agreed:
-        """What the ranks wished for at the last call; the same answer on every rank. Called once a step by all."""
-        answer = Agreed(None, False)
+    def check(self) -> None:
+        """Called by all ranks before each step and each evaluation batch; answers what they wished for at the call
+        before. Sets `save_due`, or raises Interrupted, on every rank at once."""
+        reason = 0
         if self._sent:
             wishes, work = self._sent
             work.wait()
             reason, save = wishes.tolist()
-            answer = Agreed(REASONS[reason] or None, bool(save))
+            self.save_due = self.save_due or bool(save)
         wishes = torch.tensor([self._current_wish(), self._wants_save()])
         self._sent = (wishes, dist.all_reduce(wishes, dist.ReduceOp.MAX, async_op=True))
-        return answer
+        self.num_calls += 1
+        if reason:
+            raise Interrupted(REASONS[reason])
 
     def settle(self) -> None:
         """Waits for the collective that is still under way; called before the loop is left."""
@@ -88,6 +75,8 @@ class StopWish:
 
     def _current_wish(self) -> int:
         now = time.monotonic()
+        if self._signals.first and not self._wish:
+            self._wish = REASONS.index(self._signals.first.name)
         if self._world.is_first and not self._wish:
             if self._deadline_s is not None and time.perf_counter() > self._deadline_s:
                 self._wish = REASONS.index("launch.time_limit")
@@ -103,10 +92,3 @@ class StopWish:
             return False
         self._saved_s = time.monotonic()
         return self._world.is_first
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._signalled_s and now - self._signalled_s > SECOND_SIGNAL_AFTER_S:
-            os._exit(128 + number)  # the last complete checkpoint stays; a half-written one is no checkpoint
-        self._signalled_s = self._signalled_s or now
-        self._wish = self._wish or REASONS.index(signal.Signals(number).name)

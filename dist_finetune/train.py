@@ -19,7 +19,7 @@ from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.optim import lr_factor, set_lr
 from dist_finetune.peak_memory import peak_memory_gib
 from dist_finetune.phases import PhasePlan
-from dist_finetune.stopping import Stopped, StopWish
+from dist_finetune.stopping import Interrupted, Stopped, StopWish
 from dist_finetune.world import sum_over_ranks
 
 IGNORED_LABEL = -100  # rows of filler micro-batches carry it, so that they add nothing to loss or gradient
@@ -43,18 +43,22 @@ def fit(job: Job, stage: Stage, progress: Progress, saver: Saver, stop: StopWish
     """
     log, last = StepLog(), None
     try:
+        if progress.before is None:
+            progress.before = evaluate_validation(job, stage, 0, stop).metrics
         if not progress.evaluated:
             last = _evaluate(job, stage, progress, saver, stop)
+        if _is_enough(job, stage.phase, progress):
+            return last  # where the checkpoint was taken, the phase had just ended early
         steps = list(_steps_of(job, stage, progress))
         batches = stage.splits["train"].training_batches(steps)
         train_mode(stage.engine.module, stage.phase.manifest)
         drift = DriftCheck(job.world, progress.step + 1)
         log.started_s = time.perf_counter()
         for step in steps:
-            agreed = stop.agreed()
-            if agreed.reason:
-                raise _Interrupted(agreed.reason)
-            if agreed.save:
+            stop.check()
+            if stop.save_due:
+                stop.save_due = False
+                _flush(log, job, progress)  # which refuses a loss that is not finite: such weights are not kept
                 saver.save(stage, progress)
             _train_step(job, stage, step, step.step - progress.phase_first_step, batches, log)
             progress.step, progress.evaluated = step.step + 1, not step.ends_epoch
@@ -70,21 +74,22 @@ def fit(job: Job, stage: Stage, progress: Progress, saver: Saver, stop: StopWish
             if saver.is_due(progress.step):
                 _flush(log, job, progress)
                 saver.save(stage, progress)
-    except _Interrupted as interruption:
+    except Interrupted as interruption:
         stop.settle()
         _flush(log, job, progress)
         saver.save(stage, progress)
-        saver.settled()
-        raise Stopped(
-            f"stopped on {interruption} after step {progress.step} of {job.plan.total_steps}; checkpoint saved. "
-            f"Go on with: dist-finetune resume {job.folder}"
-        ) from None
+        raise stopped(interruption, job, progress, saver) from None
     stop.settle()
     return last
 
 
-class _Interrupted(Exception):
-    """Carries the reason to stop out of the loop or an evaluation."""
+def stopped(interruption: Interrupted, job: Job, progress: Progress, saver: Saver) -> Stopped:
+    """The error that ends a run which was told to stop, once its checkpoint is complete. Collective."""
+    saver.settled()
+    return Stopped(
+        f"stopped on {interruption} after step {progress.step} of {job.plan.total_steps}; checkpoint saved. "
+        f"Go on with: dist-finetune resume {job.folder}"
+    )
 
 
 def _steps_of(job: Job, stage: Stage, progress: Progress) -> Iterator[StepBatch]:
@@ -178,15 +183,9 @@ def _samples_after(steps: int, job: Job) -> int:
     return epochs * job.splits["train"].num_rows + rest * job.plan.batches.global_batch_size
 
 
-def evaluate_validation(job: Job, stage: Stage, step: int, stop: StopWish | None = None) -> Evaluation:
+def evaluate_validation(job: Job, stage: Stage, step: int, stop: StopWish) -> Evaluation:
     """Evaluates the validation rows and logs their metrics at `step`. Collective."""
-
-    def check() -> None:
-        reason = stop.agreed().reason if stop else None
-        if reason:
-            raise _Interrupted(reason)
-
-    result = evaluate(stage.engine, stage.splits["validation"], job.plan.batches.eval_batch_size, job.world, check)
+    result = evaluate(stage.engine, stage.splits["validation"], job.plan.batches.eval_batch_size, job.world, stop.check)
     job.report.log(step, {f"eval/{name}": value for name, value in result.metrics.items()})
     return result
 

@@ -55,7 +55,8 @@ def damage(folder: Path) -> str | None:
         files = complete["files"]
         if complete["format"] != FORMAT_VERSION:
             return f"format {complete['format']}, this version reads {FORMAT_VERSION}"
-        strangers = {p.name for p in folder.iterdir()} - set(files) - {COMPLETE}
+        # hidden files are what network file systems and desktops leave
+        strangers = {p.name for p in folder.iterdir() if not p.name.startswith(".")} - set(files) - {COMPLETE}
         if strangers:
             return f"{sorted(strangers)[0]} does not belong to it"
         for name, expected in files.items():
@@ -66,16 +67,19 @@ def damage(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
             if sha256_of(path) != expected["sha256"]:
                 return f"{name} was changed: its sha256 differs"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{COMPLETE} can't be used: {error}"
+    except OSError as error:
+        return f"{error.filename} can't be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{COMPLETE} is not what was written"
     return None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads the state and the tensors' names of a checkpoint; no tensor is read yet."""
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
     pieces: dict[str, list[tuple[int, Path, str]]] = {}
-    for file in sorted(folder.glob("rank-*.safetensors")):
+    for file in sorted(folder / name for name in files if name != STATE):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 (not a mapping)
                 label, _, offset = key.rpartition("@") if key.partition(":")[0] not in WHOLE else (key, "", "0")

@@ -1,5 +1,6 @@
 """When to save, and what belongs into a checkpoint."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,18 +13,20 @@ from dist_finetune.engine import Engine
 from dist_finetune.job import Job, Progress, Stage, identity
 from dist_finetune.models.card import Provenance
 from dist_finetune.proof import verify_frozen
-from dist_finetune.world import together
 
 
 class Saver:
     """Saves a run's checkpoints as `checkpoint` in its config says. All methods are collective."""
 
-    def __init__(self, job: Job, provenance: Provenance) -> None:
+    def __init__(self, job: Job, provenance: Provenance, progress: Progress) -> None:
         spec = job.plan.spec
         self._job, self._provenance = job, provenance
+        best_step = progress.best_step if spec.checkpoint.best and progress.best else None
         self._writer = CheckpointWriter(
-            job.folder, spec.checkpoint.keep, job.world, spec.launch.timeout, job.report.say
+            job.folder, spec.checkpoint.keep, best_step, job.world, spec.launch.timeout, job.report.say
         )
+        self.pauses_s: list[float] = []
+        """How long each save kept training waiting: for an earlier one, and for the copy to host memory."""
         number, unit = spec.checkpoint.every
         steps_per_unit = {"steps": 1, "epochs": job.plan.batches.steps_per_epoch}.get(unit)
         self._every_steps = max(1, round(number * steps_per_unit)) if steps_per_unit else None
@@ -42,23 +45,20 @@ class Saver:
         if self._saved_step == progress.step:
             return
         self._saved_step = progress.step
+        started_s = time.perf_counter()
         verify_frozen(stage.engine, stage.held_digests, self._job.world)
         tensors = snapshot(stage.engine, self._job.world, self._whole(stage))
         self._writer.save(progress.step, tensors, self._state(stage.engine, progress))
+        self.pauses_s.append(time.perf_counter() - started_s)
 
     def settled(self) -> Checkpoint:
         """The checkpoint that was saved last, once it is complete. Raises TrainingError where saving failed."""
-        together(lambda: self._writer.wait(must_succeed=True))
+        self._writer.wait(must_succeed=True)
         return self.saved_at(self._saved_step or 0)
 
     def saved_at(self, step: int) -> Checkpoint:
         """The checkpoint of a step that was saved and kept."""
         return open_checkpoint(self._job.folder / FOLDER / folder_name(step))
-
-    @property
-    def pauses_s(self) -> list[float]:
-        """How long each save kept training waiting, beside copying to host memory."""
-        return self._writer.pauses_s
 
     def _state(self, engine: Engine, progress: Progress) -> dict[str, Any]:
         return {

@@ -2,8 +2,11 @@
 
 The ranks meet on the shared disk, not in collectives: each leaves its shard and then a note with size and hash; rank 0
 waits for all notes, writes COMPLETE last and renames the folder. Until the rename nothing is there; after it all is.
+Every file is on the disk before COMPLETE names it, and every entry before the rename, so that a power cut between any
+two lines leaves either the new checkpoint whole or the old ones alone. docs/checkpoints.md goes through the moments.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -18,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from dist_finetune.checkpoint.hashing import sha256_of
-from dist_finetune.checkpoint.layout import COMPLETE, FOLDER, FORMAT_VERSION, STATE, folder_name, shard_name
+from dist_finetune.checkpoint.layout import COMPLETE, FOLDER, FORMAT_VERSION, STATE, folder_name, shard_name, step_of
 from dist_finetune.checkpoint.layout import checkpoint_folders as checkpoints_of
 from dist_finetune.checkpoint.read import damage
 from dist_finetune.engine import Engine
@@ -34,15 +37,16 @@ SPARE_BYTES = 16 * 2**20  # JSON files, and room for what else is written meanwh
 class CheckpointWriter:
     """Writes the checkpoints of one run. All methods are called by every rank at the same step."""
 
-    def __init__(self, run: Path, keep: int, world: World, timeout_s: float, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, run: Path, keep: int, protected: int | None, world: World, timeout_s: float, say: Callable[[str], None]
+    ) -> None:
         self._root, self._keep, self._world = run / FOLDER, keep, world
         self._timeout_s, self._say = timeout_s, say
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self.protected: int | None = None
+        self._error: str | None = None
+        self._lost_shard: str | None = None
+        self.protected = protected
         """Step of the best checkpoint, which rotation leaves alone."""
-        self.pauses_s: list[float] = []
-        """How long each `save` kept training waiting, without the snapshot."""
         self._token = on_first(world, self._clean)
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
@@ -51,31 +55,33 @@ class CheckpointWriter:
         Waits for an earlier save that is still being written. A failed save is told loudly, and training goes on with
         the checkpoints that are there.
         """
-        started = time.perf_counter()
         self.wait()
         part = self._root / f".{folder_name(step)}.{self._token}"
         num_bytes = sum(gather_objects(sum(t.nbytes for t in tensors.values())))
         error = on_first(self._world, lambda: _begin(part, num_bytes))
         if error:
-            self._error = OSError(error)
-        else:
-            work = (part, step, tensors, state) if self._world.is_first else (part, tensors)
-            target = self._lead if self._world.is_first else self._write_shard
-            self._thread = threading.Thread(target=self._guarded, args=(target, *work), name="checkpoint", daemon=True)
-            self._thread.start()
-        self.pauses_s.append(time.perf_counter() - started)
+            self._fail(error)
+            return
+        work = (part, step, tensors, state) if self._world.is_first else (part, tensors)
+        target = self._lead if self._world.is_first else self._write_shard
+        self._thread = threading.Thread(target=self._guarded, args=(target, *work), name="checkpoint", daemon=True)
+        self._thread.start()
 
     def wait(self, must_succeed: bool = False) -> None:
-        """Waits until nothing is being written. Raises TrainingError for a failed save where it `must_succeed`."""
-        if self._thread:
+        """Waits until no rank is writing. Raises TrainingError on every rank for a failed save where it
+        `must_succeed`."""
+        if self._thread and not self._world.is_first:
             self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            message = f"checkpoint not saved: {error}"
-            if must_succeed:
-                raise TrainingError(message)
-            self._say(f"WARNING {message}. Training goes on; the checkpoints before it are untouched.")
+        # A rank whose disk is full can't even leave a note: rank 0 must not wait for one.
+        failures = [error for error in gather_objects(None if self._world.is_first else self._error) if error]
+        if failures:
+            self._lost_shard = failures[0]
+        if self._thread and self._world.is_first:
+            self._thread.join()
+        error = on_first(self._world, lambda: self._error)
+        self._thread = self._error = self._lost_shard = None
+        if error and must_succeed:
+            raise TrainingError(f"checkpoint not saved: {error}")
 
     def _clean(self) -> str:
         """Removes what a killed job left half-written or half-deleted; returns a name for this job's own parts."""
@@ -83,11 +89,15 @@ class CheckpointWriter:
             shutil.rmtree(leftover, ignore_errors=True)
         return secrets.token_hex(4)
 
+    def _fail(self, error: object) -> None:
+        self._error = str(error)
+        self._say(f"WARNING checkpoint not saved: {error}. Training goes on; the checkpoints before it are untouched.")
+
     def _guarded(self, work: Callable[..., None], *args: Any) -> None:
         try:
             work(*args)
         except BaseException as error:
-            self._error = error
+            self._fail(error)
 
     def _lead(self, part: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         try:
@@ -103,7 +113,10 @@ class CheckpointWriter:
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        self._rotate(step)
+        try:
+            self._rotate(step)
+        except OSError as error:
+            self._say(f"WARNING {folder_name(step)} is saved, but an older checkpoint can't be deleted: {error}")
 
     def _publish(self, part: Path, final: Path) -> None:
         """Gives a whole checkpoint its name. One that a run before this one left stays, unless it is damaged: it holds
@@ -111,9 +124,11 @@ class CheckpointWriter:
         if final.exists() and damage(final) is None:
             shutil.rmtree(part)
             return
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            _delete(final)
         part.rename(final)
-        sync_folder(self._root)
+        for folder in (self._root, self._root.parent, self._root.parent.parent):
+            sync_folder(folder)  # the first checkpoint's parents are new as well
 
     def _write_shard(self, part: Path, tensors: dict[str, torch.Tensor]) -> None:
         name = shard_name(self._world.rank)
@@ -123,32 +138,40 @@ class CheckpointWriter:
             sync_file(part / name)
             found = {"file": name, "size": (part / name).stat().st_size, "sha256": sha256_of(part / name)}
         except Exception as error:
-            write_json(note, {"file": name, "error": f"rank {self._world.rank}: {error}"})
-            raise
+            message = f"rank {self._world.rank}: {error}"
+            with contextlib.suppress(OSError):
+                write_json(note, {"file": name, "error": message})
+            raise OSError(message) from error
         write_json(note, found)
 
     def _notes(self, part: Path) -> list[dict[str, Any]]:
-        """The notes of all ranks, as they come in."""
+        """The notes of all ranks, as they come in. Reading the folder, instead of asking for each file, keeps a network
+        file system from answering with what it remembers; still, another node's note may be seen seconds late."""
         deadline = time.monotonic() + self._timeout_s
-        missing = {rank: part / f"{shard_name(rank)}{NOTE_SUFFIX}" for rank in range(self._world.world_size)}
+        missing = {f"{shard_name(rank)}{NOTE_SUFFIX}": rank for rank in range(self._world.world_size)}
         notes: list[dict[str, Any]] = []
         while missing:
-            for rank in [rank for rank, path in missing.items() if path.exists()]:
-                notes.append(json.loads(missing.pop(rank).read_text(encoding="utf-8")))
+            for path in [path for path in part.iterdir() if path.name in missing]:
+                del missing[path.name]
+                notes.append(json.loads(path.read_text(encoding="utf-8")))
                 if "error" in notes[-1]:
                     raise OSError(notes[-1]["error"])
+            if missing and self._lost_shard:
+                raise OSError(self._lost_shard)
             if missing and time.monotonic() > deadline:
-                raise TimeoutError(f"ranks {sorted(missing)} wrote no shard within {self._timeout_s:.0f} s")
+                late = sorted(missing.values())
+                raise TimeoutError(f"ranks {late} wrote no shard within {self._timeout_s:.0f} s (launch.timeout)")
             time.sleep(POLL_S)
         return notes
 
     def _rotate(self, newest: int) -> None:
-        """Deletes the oldest complete checkpoints beyond `keep`, now that a newer one is complete."""
-        for folder in checkpoints_of(self._root.parent)[self._keep :]:
-            if folder.name not in (folder_name(newest), folder_name(self.protected or -1)):
-                doomed = folder.with_name(f".{folder.name}.old")
-                folder.rename(doomed)  # a half-deleted folder must not look complete
-                shutil.rmtree(doomed, ignore_errors=True)
+        """Deletes the oldest complete checkpoints beyond `keep`, now that a newer one is complete, and those of later
+        steps: the run started from an earlier one because they are damaged."""
+        folders = checkpoints_of(self._root.parent)
+        kept = [folder for folder in folders if (step_of(folder) or 0) <= newest][: self._keep]
+        for folder in folders:
+            if folder not in kept and step_of(folder) != self.protected:
+                _delete(folder)
 
 
 def snapshot(engine: Engine, world: World, whole: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -185,6 +208,14 @@ def _share(sizes: list[int], rank: int, world_size: int) -> list[int]:
     return sorted(mine)
 
 
+def _delete(folder: Path) -> None:
+    """Deletes a checkpoint; under another name first, since a half-deleted folder must not look like one."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def _begin(part: Path, num_bytes: int) -> str | None:
     """Makes the folder that all ranks write into; returns what is wrong where there is no place for `num_bytes`."""
     try:
@@ -192,13 +223,18 @@ def _begin(part: Path, num_bytes: int) -> str | None:
         free = shutil.disk_usage(part).free
         if free < num_bytes + SPARE_BYTES:
             part.rmdir()
-            return (
-                f"{part.parent} has {free / 2**20:,.0f} MiB free, the checkpoint needs {num_bytes / 2**20:,.0f} MiB; "
-                "free some space, or lower checkpoint.keep"
-            )
+            return no_space(part.parent, free, num_bytes)
     except OSError as error:
         return f"{part.parent} can't be written: {error.strerror or error}"
     return None
+
+
+def no_space(folder: Path, free_bytes: int, num_bytes: int) -> str:
+    """The message that a checkpoint has no room."""
+    return (
+        f"{folder} has {free_bytes / 2**20:,.0f} MiB free, a checkpoint needs "
+        f"{(num_bytes + SPARE_BYTES) / 2**20:,.0f} MiB; free some space or lower checkpoint.keep"
+    )
 
 
 def sync_file(path: Path) -> None:

@@ -85,6 +85,10 @@ class Engine(Protocol):
         """Sets them, as Adam's bias correction needs after a resume. Parameters of one group have the same count."""
         ...
 
+    def rehearse(self, inputs: Inputs) -> None:
+        """Brings the engine into the state that it keeps from its second step on. Changes no weight. Collective."""
+        ...
+
     def close(self) -> None:
         """Frees what the engine holds."""
         ...

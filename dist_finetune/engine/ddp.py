@@ -73,6 +73,13 @@ class DdpEngine:
         for parameter in self._parameters():
             adam_state(self._optimizer, parameter)["step"].fill_(steps[names[id(parameter)]])
 
+    def rehearse(self, inputs: Inputs) -> None:
+        """DDP lays its buckets out anew after its first pass, and from three ranks on the layout decides in which order
+        their gradients are added: without this, the first step after a resume would round otherwise."""
+        self.module.eval()
+        self.forward(inputs, is_last=True).sum().backward()
+        self._optimizer.zero_grad(set_to_none=True)
+
     def close(self) -> None:
         self._accelerator.free_memory()
 

@@ -97,6 +97,9 @@ class ZeroEngine:
             assert len(counts) == 1, f"a group with several step counts: {counts}"
             adam_state(self._zero.optimizer, flat)["step"].fill_(counts.pop())
 
+    def rehearse(self, inputs: Inputs) -> None:
+        """Its buckets are filled in the same order at every step, also at the first."""
+
     def close(self) -> None:
         self._engine.destroy()
         self._accelerator.deepspeed_engine_wrapped = None

@@ -19,9 +19,10 @@ from dist_finetune.features.results import HeadResult, head_result, render_resul
 from dist_finetune.models.export import export_model
 from dist_finetune.report import Reporter
 from dist_finetune.run_folder import Changes, check_run_folder, folder_of, start_run_folder, write_json
+from dist_finetune.signals import StopSignals
 from dist_finetune.spec import Spec
 from dist_finetune.spec_features import HeadKind
-from dist_finetune.stopping import Stopped, StopWish
+from dist_finetune.stopping import Interrupted, Stopped, StopWish
 from dist_finetune.summary import write_end
 from dist_finetune.world import World, gather_objects, join_world, leave_world, on_first, together
 
@@ -92,17 +93,15 @@ def _run(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: flo
 
 def _extract(job: FeatureJob, started_s: float) -> ExtractionCost:
     """Extraction that ends between two shards where the run is told to stop. Raises Stopped, on every rank at once."""
-    with StopWish(job.world, job.folder, job.plan.spec.launch.time_limit, started_s, None) as stop:
-
-        def check() -> None:
-            reason = stop.agreed().reason
-            if reason:
-                stop.settle()
-                raise Stopped(
-                    f"stopped on {reason}; what is extracted is kept. Go on with: dist-finetune resume {job.folder}"
-                )
-
-        cost = extract_all(job, check)
+    with StopSignals() as signals:
+        stop = StopWish(job.world, signals, job.folder, job.plan.spec.launch.time_limit, started_s, None)
+        try:
+            cost = extract_all(job, stop.check)
+        except Interrupted as reason:
+            stop.settle()
+            raise Stopped(
+                f"stopped on {reason}; what is extracted is kept. Go on with: dist-finetune resume {job.folder}"
+            ) from None
         stop.settle()
     return cost
 

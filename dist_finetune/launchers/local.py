@@ -97,8 +97,32 @@ def launch_local(
     log_folder: Path,
     log_folder_ready: Callable[[], bool] = lambda: True,
     env: Mapping[str, str] = os.environ,
+    max_restarts: int = 0,
 ) -> int:
     """Runs the command `worker` in `world_size` processes and returns the exit code of the whole job.
+
+    Where a rank fails, all are started again, up to `max_restarts` times, and go on from the last checkpoint; not after
+    a signal or for wrong input, which a second start would not mend.
+    """
+    command, code = list(worker), 0
+    for restart in range(max_restarts + 1):
+        told_to_stop, code = _launch_once(command, world_size, log_folder, log_folder_ready, env)
+        if told_to_stop or code in (0, EXIT_STOPPED, UserError.exit_code) or restart == max_restarts:
+            break
+        if log_folder_ready():
+            command = [word for word in command if word != "--fresh"]  # the old folder was kept aside the first time
+        print(f"restart {restart + 1} of {max_restarts}: all processes, from the last checkpoint", file=sys.stderr)
+    return code
+
+
+def _launch_once(
+    worker: Sequence[str],
+    world_size: int,
+    log_folder: Path,
+    log_folder_ready: Callable[[], bool],
+    env: Mapping[str, str],
+) -> tuple[bool, int]:
+    """Whether a signal came, and the exit code of the whole job.
 
     That is 0 where all ranks end well, 75 where they stopped on a signal, else the code of the rank that failed first
     (128 + N where signal N ended it). Rank 0 has the terminal; of the others only the message that ended the job is
@@ -109,7 +133,7 @@ def launch_local(
     logs = [RankLog() for _ in range(world_size)]
     workers: list[Worker] = []
     readers: list[tuple[int, int | None, RankLog]] = []
-    with _forward_signals(workers):
+    with _forward_signals(workers) as received:
         try:
             for rank, log in enumerate(logs):
                 rank_env = {**env, **_rank_variables(rank, world_size, port)}
@@ -125,10 +149,10 @@ def launch_local(
     if log_folder_ready():
         _place(logs, log_folder)
     if failed is None:
-        return EXIT_STOPPED if any(w.returncode == EXIT_STOPPED for w in workers) else 0
+        return bool(received), EXIT_STOPPED if any(w.returncode == EXIT_STOPPED for w in workers) else 0
     _show_message(failed, workers[failed].returncode, logs, log_folder)
     code = workers[failed].returncode
-    return code if code > 0 else 128 - code
+    return bool(received), code if code > 0 else 128 - code
 
 
 def _rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -196,17 +220,20 @@ def _die_with_parent(parent: int) -> Callable[[], None] | None:
 
 
 @contextlib.contextmanager
-def _forward_signals(workers: list[Worker]) -> Iterator[None]:
-    """Hands signals to the workers, who save and end by themselves; their exit code tells how it went."""
+def _forward_signals(workers: list[Worker]) -> Iterator[list[int]]:
+    """Hands signals to the workers, who save and end by themselves; their exit code tells how it went. Gives the list
+    of those that came."""
+    received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in FORWARDED_SIGNALS}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
