@@ -155,8 +155,9 @@ def _flush(log: StepLog, job: Job, progress: Progress) -> None:
         skipped = job.plan.precision == "fp16" and not all_finite([norm])  # a smaller loss scale comes next
         if not all_finite([loss]) or not (skipped or all_finite([norm])):
             raise TrainingError(
-                f"step {step.step + 1}: train/loss is {loss}, train/grad_norm is {norm}. Lower train.lr "
-                f"(now {lr:.3g}), raise train.warmup, or use train.precision=fp32"
+                f"step {step.step + 1}: train/loss is {loss}, train/grad_norm is {norm}. Nothing was saved since; go "
+                f"on from before with a lower rate (now {lr:.3g}): "
+                f"dist-finetune resume {job.folder} --allow train.lr=..., or start anew with a longer train.warmup or train.precision=fp32"
             )
         job.report.log(
             step.step + 1,

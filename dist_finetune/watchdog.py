@@ -6,6 +6,7 @@ where the rendezvous store hangs together with rank 0. Where a rank's own loop h
 timeout, which could not say who is absent.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -44,6 +45,8 @@ class Pulse:
     num_calls: int
     place: str
     waits: bool
+    verdict: str | None
+    """What it ended the job with, for the others to repeat: to them it is now silent itself."""
 
 
 class Watchdog:
@@ -74,7 +77,9 @@ class Watchdog:
         self._leave.set()
         if self._thread:
             self._thread.join()
-            self._file(self._world.rank).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._file(self._world.rank).unlink(missing_ok=True)
+                self._folder.rmdir()  # the last one; until then it is not empty
 
     def _watch(self) -> None:
         look_every_s = max(0.2, self._timeout_s / LOOKS_PER_TIMEOUT)
@@ -90,10 +95,14 @@ class Watchdog:
                         return
                     self._write()
                 if self._progress() == calls:
-                    self._stop(hang_message(before, self._read(), self._world.world_size, time.monotonic() - since))
+                    now = self._read()
+                    waited_s = time.monotonic() - since
+                    found = next((pulse.verdict for pulse in now.values() if pulse.verdict), None)
+                    self._stop(found or hang_message(before, now, self._world.world_size, waited_s))
 
     def _stop(self, message: str) -> None:
         """The main thread waits in a collective that nobody will finish: only the process as a whole can end."""
+        self._write(message)
         try:
             self._end(TrainingError(message))
         finally:
@@ -101,14 +110,17 @@ class Watchdog:
             sys.stderr.flush()
             os._exit(TrainingError.exit_code)
 
-    def _write(self) -> None:
-        """Says what this rank is doing. A disk that is full or gone must not stop the thread."""
+    def _write(self, verdict: str | None = None) -> None:
+        """Says what this rank is doing, whole or not at all. A disk that is full or gone must not stop the thread."""
         self._beat += 1
         place, waits = place_of(self._main)
-        pulse = Pulse(self._world.rank, socket.gethostname(), self._beat, self._progress(), place, waits)
+        host, file = socket.gethostname(), self._file(self._world.rank)
+        pulse = Pulse(self._world.rank, host, self._beat, self._progress(), place, waits, verdict)
+        new = file.with_suffix(".new")
         try:
             self._folder.mkdir(exist_ok=True)
-            self._file(pulse.rank).write_text(json.dumps(asdict(pulse)) + "\n", encoding="utf-8")
+            new.write_text(json.dumps(asdict(pulse)) + "\n", encoding="utf-8")
+            new.replace(file)
         except OSError:
             return
 

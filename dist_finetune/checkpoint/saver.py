@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -13,6 +13,8 @@ from dist_finetune.engine import Engine
 from dist_finetune.job import Job, Progress, Stage, identity
 from dist_finetune.models.card import Provenance
 from dist_finetune.proof import verify_frozen
+
+FINISH_S = 10.0  # what a failed run waits for the save that is being written; a lost rank's shard never comes
 
 
 class Saver:
@@ -32,6 +34,13 @@ class Saver:
         self._every_steps = max(1, round(number * steps_per_unit)) if steps_per_unit else None
         self.every_s = number if unit == "s" else None
         self._saved_step: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind:
+            self._writer.let_finish(FINISH_S)
 
     def is_due(self, step: int) -> bool:
         """True where the interval in steps or epochs ends after optimizer step `step`; an interval in seconds is agreed

@@ -83,6 +83,11 @@ class CheckpointWriter:
         if error and must_succeed:
             raise TrainingError(f"checkpoint not saved: {error}")
 
+    def let_finish(self, timeout_s: float) -> None:
+        """Gives this rank's part of a save up to `timeout_s` to end, without asking other ranks."""
+        if self._thread:
+            self._thread.join(timeout_s)
+
     def _clean(self) -> str:
         """Removes what a killed job left half-written or half-deleted; returns a name for this job's own parts."""
         for leftover in self._root.glob(".step-*"):

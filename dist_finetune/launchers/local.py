@@ -129,11 +129,10 @@ def _launch_once(
     shown, once and last. Every rank's output goes to `log_folder`/rank-N.txt, from when `log_folder_ready` says so.
     Signals are handed on to all ranks.
     """
-    port = _free_port()
     logs = [RankLog() for _ in range(world_size)]
     workers: list[Worker] = []
     readers: list[tuple[int, int | None, RankLog]] = []
-    with _forward_signals(workers) as received:
+    with _forward_signals(workers) as received, _reserved_port() as port:
         try:
             for rank, log in enumerate(logs):
                 rank_env = {**env, **_rank_variables(rank, world_size, port)}
@@ -169,10 +168,14 @@ def _rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+@contextlib.contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A free port that stays ours: bound, so that no connection of another process gets it while workers import torch,
+    but not listening, so that rank 0 can."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])
 
 
 def _start(

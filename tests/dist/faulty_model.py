@@ -1,0 +1,67 @@
+"""A model that trains like any other until a fault that a test asks for: `model.name: faulty_model:build`.
+
+The environment variable FAULT holds JSON {"kind", "rank", "call", "marker"}: what happens at which training pass of
+which rank, once where a `marker` file is named. SLOW_S makes each pass take longer, so that a signal meets a run in its
+middle.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+FAULT = json.loads(os.environ.get("FAULT", "null"))
+SLOW_S = float(os.environ.get("SLOW_S", "0"))
+
+
+class Faulty(nn.Module):
+    """Mean of word vectors, dropout, two layers."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(2000, 32)
+        self.inner = nn.Linear(32, 64)
+        self.dropout = nn.Dropout(0.3)
+        self.head = nn.Linear(64, num_classes)
+        self.num_calls = 0
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.num_calls += 1
+            time.sleep(SLOW_S)
+        mask = attention_mask.unsqueeze(-1).float()
+        mean = (self.words(input_ids) * mask).sum(1) / mask.sum(1)
+        logits = self.head(self.dropout(torch.relu(self.inner(mean))))
+        return logits * self.fault()
+
+    def fault(self) -> float:
+        """1, unless it is time for the fault."""
+        if (
+            not FAULT
+            or not self.training
+            or (self.num_calls, int(os.environ.get("RANK", 0))) != (FAULT["call"], FAULT["rank"])
+        ):
+            return 1.0
+        if FAULT.get("marker"):
+            marker = Path(FAULT["marker"])
+            if marker.exists():
+                return 1.0
+            marker.touch()
+        if FAULT["kind"] == "raise":
+            raise ValueError("the fault that was asked for")
+        if FAULT["kind"] == "hang":
+            time.sleep(600)
+        if FAULT["kind"] == "kill":
+            os.kill(os.getpid(), 9)
+        return float("nan") if FAULT["kind"] == "nan" else 1.0
+
+
+def build(num_classes: int) -> nn.Module:
+    torch.manual_seed(0)
+    return Faulty(num_classes)
+
+
+build.tokenizer = os.environ.get("FAULTY_TOKENIZER", "")  # type: ignore[attr-defined]

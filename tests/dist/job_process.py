@@ -1,0 +1,145 @@
+"""A training started from the command line, watched, signalled, and looked for afterwards: nothing may be left."""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harness import REPOSITORY, clean_environment, read_json, read_lines, torchrun, write_config
+from material import Material
+
+TOKEN = "FAULT_TEST_TOKEN"
+HANDLED = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
+
+
+def faulty_config(material: Material, **changes: Any) -> dict[str, Any]:
+    """A config of `faulty_model`: 10 optimizer steps an epoch, a checkpoint every 5."""
+    base = {
+        "model": {"name": "faulty_model:build", "weights": "none", "dropout": None},
+        "checkpoint": {"every": "5 steps"},
+    }
+    train = {"epochs": 4, "lr": 1e-3, "log_every": 1, **changes.pop("train", {})}
+    freeze = {"embeddings": False, "layers": None, "patterns": ["words.*"]}
+    return material.text(**{**base, "freeze": freeze, "train": train, **changes})
+
+
+class JobProcess:
+    """A launcher's process, and through a token in their environment everything it started."""
+
+    def __init__(self, command: Sequence[str], folder: Path, material: Material, **env: str) -> None:
+        self.folder, self._token = folder, secrets.token_hex(8)
+        self._out = (folder / "out.txt").open("ab")
+        more = {
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests" / "dist")]),
+            TOKEN: self._token,
+        }
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=clean_environment(FAULTY_TOKENIZER=str(material.bert), **{**more, **env}),
+            stdout=self._out, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def output(self) -> str:
+        """What it printed, all ranks that have the terminal together."""
+        return (self.folder / "out.txt").read_text(encoding="utf-8", errors="replace")
+
+    def wait(self, timeout_s: float = 60) -> int:
+        """The exit code. Fails where the process or anything it started is still there in the end."""
+        try:
+            code = self.process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.output()[-3000:]}") from None
+        wait_for(lambda: not self.pids(), 10, lambda: f"processes are left: {self.pids()}")
+        return code
+
+    def pids(self) -> list[int]:
+        """Processes of this job, its launcher included, that have not ended."""
+        wanted = f"{TOKEN}={self._token}".encode()
+        return [
+            pid
+            for pid in map(int, filter(str.isdigit, (path.name for path in Path("/proc").iterdir())))
+            if wanted in _environment(pid)
+        ]
+
+    def rank_pid(self, rank: int) -> int:
+        """The process of a rank."""
+        found = [pid for pid in self.pids() if f"RANK={rank}".encode() in _environment(pid)]
+        return min(found)
+
+    def end(self) -> None:
+        """Kills what is left of it, by process id."""
+        for pid in self.pids():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait(timeout=10)
+        self._out.close()
+
+
+def _environment(pid: int) -> list[bytes]:
+    try:
+        if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return []
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+@contextmanager
+def started(command: Sequence[str], folder: Path, material: Material, **env: str) -> Iterator[JobProcess]:
+    """A running job that is gone when the block is left."""
+    job = JobProcess(command, folder, material, **env)
+    try:
+        yield job
+    finally:
+        job.end()
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float, what: Callable[[], str]) -> None:
+    """Waits until `condition` holds; fails with `what` after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.02)
+
+
+def run_command(config: Path, num_processes: int = 2) -> list[str]:
+    return [sys.executable, "-m", "dist_finetune", "run", str(config), "--processes", str(num_processes)]
+
+
+def torchrun_command(config: Path, num_processes: int = 2, *options: str) -> list[str]:
+    return [*torchrun(num_processes), *options, "-m", "dist_finetune", "train", str(config)]
+
+
+def accelerate_command(config: Path, num_processes: int = 2) -> list[str]:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={num_processes}"]
+    return [*launch, "--main_process_port=0", "-m", "dist_finetune", "train", str(config)]
+
+
+def last_step(run: Path) -> int:
+    """The newest optimizer step in metrics.jsonl; -1 before the first."""
+    path = run / "metrics.jsonl"
+    try:
+        return max((row["step"] for row in read_lines(path) if "train/loss" in row), default=-1)
+    except (FileNotFoundError, ValueError):
+        return -1
+
+
+def wait_for_step(job: JobProcess, run: Path, step: int, timeout_s: float = 90) -> None:
+    """Waits until the run has logged `step`."""
+    wait_for(
+        lambda: last_step(run) >= step or job.process.poll() is not None, timeout_s, lambda: f"no step:\n{job.output()}"
+    )
+    assert last_step(run) >= step, job.output()[-3000:]
+
+
+__all__ = [
+    "HANDLED", "JobProcess", "accelerate_command", "faulty_config", "last_step", "read_json", "run_command", "started",
+    "torchrun_command", "wait_for", "wait_for_step", "write_config",
+]  # fmt: skip

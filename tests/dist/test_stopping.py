@@ -1,0 +1,250 @@
+"""Told to stop, a job saves once and ends with 75, whoever started it and however it was told; nothing is left."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import read_json
+from job_process import (
+    HANDLED,
+    JobProcess,
+    accelerate_command,
+    faulty_config,
+    run_command,
+    started,
+    torchrun_command,
+    wait_for,
+    wait_for_step,
+    write_config,
+)
+from material import Material
+
+from dist_finetune.checkpoint.layout import checkpoint_folders
+from dist_finetune.checkpoint.read import damage
+
+pytestmark = pytest.mark.dist
+
+LONG = {"train": {"epochs": 400}, "checkpoint": {"every": "1000 steps"}}
+
+
+@pytest.fixture
+def make_config(material: Material, tmp_path: Path) -> Callable[..., Path]:
+    """`make_config(**changes)`: the file of a config whose run is `tmp_path`/runs/job."""
+
+    def make(**changes: Any) -> Path:
+        config = faulty_config(material, **changes)
+        return write_config(tmp_path / "job.yaml", config, name="job", output=str(tmp_path / "runs"))
+
+    return make
+
+
+def check_stopped(
+    job: JobProcess, run: Path, code: int, reason: str, expected_code: int = 75, num_checkpoints: int = 1
+) -> int:
+    """Only good checkpoints, the newest of the step where the job says it stopped; returns the step."""
+    assert code == expected_code, job.output()[-3000:]
+    summary = read_json(run / "summary.json")
+    assert summary["status"] == "stopped"
+    assert f"stopped on {reason} after step" in summary["message"]
+    folders = checkpoint_folders(run)
+    assert [damage(folder) for folder in folders] == [None] * num_checkpoints
+    step = read_json(folders[0] / "state.json")["progress"]["step"]
+    assert f"after step {step} of" in summary["message"]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {folder.name for folder in folders}
+    return step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_run_stops_on_a_signal_and_goes_on(
+    make_config: Callable[..., Path], material: Material, tmp_path: Path, number: signal.Signals
+) -> None:
+    config, run = make_config(**LONG), tmp_path / "runs" / "job"
+    with started(run_command(config), tmp_path, material) as job:
+        wait_for_step(job, run, 3)
+        job.process.send_signal(number)
+        step = check_stopped(job, run, job.wait(30), number.name)
+    with started(run_command(config), tmp_path, material) as job:
+        wait_for_step(job, run, step + 2)
+        assert f"going on from step-{step:06d}" in job.output()
+        job.process.send_signal(number)
+        assert job.wait(30) == 75
+
+
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        (torchrun_command, signal.SIGUSR1),
+        (accelerate_command, signal.SIGUSR1),
+        pytest.param(torchrun_command, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(accelerate_command, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_other_launchers_pass_signals_on(
+    make_config: Callable[..., Path],
+    material: Material,
+    tmp_path: Path,
+    command: Callable[[Path], list[str]],
+    number: signal.Signals,
+) -> None:
+    """They turn each code into 1, so the summary says it; torchrun's own report ends with our words."""
+    config, run = make_config(**LONG), tmp_path / "runs" / "job"
+    with started(command(config), tmp_path, material, **HANDLED) as job:
+        wait_for_step(job, run, 3)
+        job.process.send_signal(number)
+        code = job.wait(45)
+        assert code != 0
+        check_stopped(job, run, code, number.name, expected_code=code)
+
+
+def test_torchrun_that_is_killed_takes_its_workers_along(
+    make_config: Callable[..., Path], material: Material, tmp_path: Path
+) -> None:
+    """They would go on alone and hold their GPUs; so they save and end."""
+    config, run = make_config(**LONG), tmp_path / "runs" / "job"
+    with started(torchrun_command(config), tmp_path, material) as job:
+        wait_for_step(job, run, 3)
+        job.process.kill()
+        job.wait(5)  # also waits until no worker is left
+        check_stopped(job, run, 0, "SIGTERM", expected_code=0)
+
+
+def test_a_file_and_a_time_limit_stop_too(make_config: Callable[..., Path], material: Material, tmp_path: Path) -> None:
+    config, run = make_config(**LONG), tmp_path / "runs" / "job"
+    with started(run_command(config), tmp_path, material) as job:
+        wait_for_step(job, run, 3)
+        (run / "STOP").touch()
+        step = check_stopped(job, run, job.wait(30), "the file STOP")
+    command = [*run_command(config), "launch.time_limit=1 s"]
+    with started([*command[:4], str(config), *command[5:]], tmp_path, material) as job:
+        code = job.wait(60)
+    assert code == 2, "time_limit is part of the config: run refuses the change, and says that resume takes it"
+    assert "dist-finetune resume" in job.output()
+    resume = [*command[:3], "resume", str(run), "launch.time_limit=12 s", "--processes", "2"]
+    with started(resume, tmp_path, material) as job:
+        wait_for_step(job, run, step + 2)
+        assert not (run / "STOP").exists()
+        check_stopped(job, run, job.wait(60), "launch.time_limit", num_checkpoints=2)
+
+
+def test_a_signal_before_the_first_step_is_not_lost(
+    make_config: Callable[..., Path], material: Material, tmp_path: Path
+) -> None:
+    """While torch is imported, data are read and the model loads: the run saves its start and ends with 75."""
+    config, run = make_config(**LONG), tmp_path / "runs" / "job"
+    with started(run_command(config), tmp_path, material) as job:
+        wait_for(lambda: len(job.pids()) == 3, 30, job.output)
+        time.sleep(1.0)
+        assert not run.exists(), "too late to test this"
+        job.process.send_signal(signal.SIGTERM)
+        assert check_stopped(job, run, job.wait(60), "SIGTERM") <= 1
+
+
+def test_a_second_signal_ends_at_once(make_config: Callable[..., Path], material: Material, tmp_path: Path) -> None:
+    """Also while a rank hangs and the others wait for it in a collective; the last checkpoint stays as it was."""
+    config, run = make_config(checkpoint={"every": "5 steps"}, train={"epochs": 400}), tmp_path / "runs" / "job"
+    fault = json.dumps({"kind": "hang", "rank": 1, "call": 30})
+    with started(run_command(config), tmp_path, material, FAULT=fault) as job:
+        wait_for_step(job, run, 12)
+        time.sleep(1.0)
+        job.process.send_signal(signal.SIGTERM)
+        time.sleep(2.5)
+        assert job.process.poll() is None
+        job.process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert job.wait(20) == 128 + signal.SIGTERM
+        assert time.monotonic() - began < 8
+    folders = checkpoint_folders(run)
+    assert folders
+    assert damage(folders[0]) is None
+
+
+def test_a_failed_rank_ends_all_with_its_own_words_last(
+    make_config: Callable[..., Path], material: Material, tmp_path: Path
+) -> None:
+    config = make_config(train={"epochs": 400})
+    fault = json.dumps({"kind": "raise", "rank": 1, "call": 30})
+    for command in (run_command, torchrun_command):
+        with started(command(config), tmp_path, material, FAULT=fault) as job:
+            assert job.wait(60) == 1
+            tail = "\n".join(job.output().splitlines()[-25:])
+            assert "ValueError: the fault that was asked for" in tail, tail
+            assert "Connection closed by peer" not in tail[tail.index("the fault that was asked for") :]
+        (tmp_path / "out.txt").unlink()
+
+
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "launcher"])
+def test_a_killed_process_ends_all(
+    make_config: Callable[..., Path], material: Material, tmp_path: Path, victim: str
+) -> None:
+    """kill -9, as the system does when memory runs out: the job is gone within 30 s, and says which rank it was."""
+    config, run = make_config(train={"epochs": 400}), tmp_path / "runs" / "job"
+    with started(run_command(config), tmp_path, material) as job:
+        wait_for(lambda: checkpoint_folders(run), 60, job.output)
+        os.kill(job.process.pid if victim == "launcher" else job.rank_pid(int(victim[-1])), signal.SIGKILL)
+        code = job.wait(30)
+        if victim == "launcher":
+            assert code == -signal.SIGKILL
+        else:
+            assert code == 128 + signal.SIGKILL
+            assert f"error: {victim} of 2 was ended by SIGKILL" in job.output().splitlines()[-1]
+    assert damage(checkpoint_folders(run)[0]) is None
+
+
+def test_a_failed_job_is_started_again(make_config: Callable[..., Path], material: Material, tmp_path: Path) -> None:
+    """launch.max_restarts: from the last checkpoint, and the result is that of a run that never failed."""
+    config, run = make_config(launch={"max_restarts": 2}), tmp_path / "runs" / "job"
+    fault = json.dumps({"kind": "kill", "rank": 1, "call": 30, "marker": str(tmp_path / "done")})
+    with started([*run_command(config), "--fresh"], tmp_path, material, FAULT=fault) as job:
+        assert job.wait(90) == 0, job.output()[-3000:]
+        assert "restart 1 of 2" in job.output()
+    summary = read_json(run / "summary.json")
+    assert (summary["status"], summary["attempts"]) == ("finished", 2)
+    with started(torchrun_command(config, 2, "--max-restarts=2"), tmp_path, material) as job:
+        assert job.wait(60) == 0
+        assert "is finished" in job.output()
+
+
+def test_a_rank_that_hangs_is_named(make_config: Callable[..., Path], material: Material, tmp_path: Path) -> None:
+    """Once in its own code, where it is behind while others wait for it, and once stopped as a whole."""
+    config, run = make_config(train={"epochs": 400}, launch={"timeout": "10 s"}), tmp_path / "runs" / "job"
+    fault = json.dumps({"kind": "hang", "rank": 1, "call": 30})
+    with started(run_command(config), tmp_path, material, FAULT=fault) as job:
+        assert job.wait(60) == 1
+        last = job.output()[job.output().rindex("error: ") :]
+        assert "rank 1 on" in last.splitlines()[0]
+        assert "hangs" in last.splitlines()[0]
+        assert "rank 1: train.py line" in last
+        assert "faulty_model.py" in last
+    assert read_json(run / "summary.json")["status"] == "failed"
+    with started(run_command(config), tmp_path, material) as job:
+        wait_for_step(job, run, 40)
+        os.kill(job.rank_pid(1), signal.SIGSTOP)
+        assert job.wait(60) == 1
+        last = job.output()[job.output().rindex("error: ") :]
+        assert "rank 1 on" in last.splitlines()[0]
+        assert "no longer answers" in last.splitlines()[0]
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_what_was_before(
+    make_config: Callable[..., Path], material: Material, tmp_path: Path
+) -> None:
+    config = make_config(checkpoint={"every": "1 steps", "keep": 3}, train={"log_every": 10, "epochs": 4})
+    fault = json.dumps({"kind": "nan", "rank": 1, "call": 30})
+    run = tmp_path / "runs" / "job"
+    with started(run_command(config), tmp_path, material, FAULT=fault) as job:
+        assert job.wait(60) == 1
+        assert "train/loss is nan" in job.output()
+        assert "dist-finetune resume" in job.output()
+        found = re.search(r"step (\d+): train/loss is nan", job.output())
+    assert found
+    kept = [f"step-{int(found[1]) - back:06d}" for back in (1, 2, 3)]
+    assert [folder.name for folder in checkpoint_folders(run)] == kept
+    assert read_json(run / "summary.json")["status"] == "failed"
+    with started(run_command(config), tmp_path, material) as job:
+        assert job.wait(60) == 0
