@@ -2,9 +2,9 @@
 
     python benchmarks/plan_exactness.py [--worlds 1 2 4] [--strategies ddp zero1 zero2 zero3] [--quick] [--json FILE]
 
-For 3 BERTs and 3 CNNs by 4 freezes by fp32 and bf16, each strategy takes three real steps of two micro-batches. Compared
-are weights, gradients, optimizer state and master copies (the plan against the rank with most), the bytes that autograd
-saves, and the peak of everything that is alive in a step. Exits with 1 where a limit is exceeded.
+For 3 BERTs and 3 CNNs by 4 freezes by fp32 and bf16, each strategy takes three real steps of two micro-batches.
+Compared are weights, gradients, optimizer state and master copies (the plan against the rank with most), the bytes that
+autograd saves, and the peak of everything that is alive in a step. Exits with 1 where a limit is exceeded.
 """
 
 import argparse

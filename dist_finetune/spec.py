@@ -259,10 +259,10 @@ class Spec(Section):
     data: Annotated[DataSpec, BeforeValidator(_section)]
     """What to train and to evaluate on, such as `data: {train: rows.csv}`."""
     task: Literal["classification", "features"] | None = None
-    """Found from the data when left out. features: extract features and fit linear heads and SVMs instead of training."""
+    """Found from the data when left out. features: fit linear heads and SVMs on extracted features instead."""
     features: Annotated[FeaturesSpec, BeforeValidator(_section)] = FeaturesSpec()
     strategy: Literal["auto"] | None = None
-    """auto: measure the data with probes first (as `advise` does), then take the freeze, phases and rates that follow."""
+    """auto: measure the data with probes first (as `advise` does), then take the freeze and rates that follow."""
     freeze: Annotated[FreezeSpec, BeforeValidator(_freeze_section, json_schema_input_type=FreezeSpec | str | None)] = (
         FreezeSpec()
     )

@@ -157,7 +157,8 @@ def _flush(log: StepLog, job: Job, progress: Progress) -> None:
             raise TrainingError(
                 f"step {step.step + 1}: train/loss is {loss}, train/grad_norm is {norm}. Nothing was saved since; go "
                 f"on from before with a lower rate (now {lr:.3g}): "
-                f"dist-finetune resume {job.folder} --allow train.lr=..., or start anew with a longer train.warmup or train.precision=fp32"
+                f"dist-finetune resume {job.folder} --allow train.lr=..., "
+                "or start anew with a longer train.warmup or train.precision=fp32"
             )
         job.report.log(
             step.step + 1,

@@ -1,7 +1,7 @@
 """The format of a checkpoint: plain safetensors by parameter name, and JSON. No pickle, no world size, no strategy.
 
     checkpoints/step-000123/
-        rank-00000.safetensors   weight:NAME@OFFSET, exp_avg:NAME@OFFSET, exp_avg_sq:NAME@OFFSET (flat fp32 pieces)
+        rank-00000.safetensors   weight:NAME@OFFSET, exp_avg:NAME@OFFSET, exp_avg_sq:... (flat fp32 pieces)
                                  buffer:NAME, settled:NAME  (whole; rank 0: what moved, or trained in an earlier phase)
         state.json               where the run was: step, phase, scores, Adam step counts, what it started from
         COMPLETE                 size and sha256 of each file; written last: a folder without it is no checkpoint

@@ -155,7 +155,7 @@ def test_an_unknown_command_offers_the_nearest() -> None:
 def test_gpu_memory_needs_a_unit(text: str, config: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = ended(capsys, "plan", config, "--gpu-memory", text)
     assert code == 2
-    assert err == f"error: --gpu-memory {text}: write a number and MiB, GiB, MB or GB, such as 80GiB\n"
+    assert err == f"error: --gpu-memory: {text!r} is no size; write a number and MiB, GiB, MB or GB, such as 80GiB\n"
 
 
 def test_launch_script_is_the_worker(config: str) -> None:

@@ -66,7 +66,7 @@ inside an epoch.
   wrong.yaml:11: unknown key train.lrr. Did you mean lr?
   wrong.yaml:18: unknown key train.wandb. Did you mean track.wandb?
   wrong.yaml:20: shard.strategy can't be 'zero4'. Did you mean zero3 or zero2 or zero1? It takes auto or ddp or zero1 \
-or zero2 or zero3.
+or zero2 or zero3 or fsdp.
   wrong.yaml:21: shard.deepspeed can't be 3. It takes a mapping of keys.
   wrong.yaml:22: track can't be 7. It takes a section of keys, such as wandb, project, entity, tensorboard.
   wrong.yaml:24: launch.timeout: '3 fortnights' is no duration; write a number and s, min, h or day, such as \
