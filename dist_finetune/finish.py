@@ -11,7 +11,7 @@ from dist_finetune.stage import load_base, open_stage
 from dist_finetune.stopping import Interrupted, StopWish
 from dist_finetune.summary import Summary, summarise
 from dist_finetune.summary_text import render_summary
-from dist_finetune.train import stopped
+from dist_finetune.training import stopped
 
 
 def finish_run(

@@ -21,7 +21,7 @@ from dist_finetune.spec import Spec
 from dist_finetune.stage import load_base, next_stage, open_stage
 from dist_finetune.stopping import Stopped, StopWish
 from dist_finetune.summary import Summary, load_summary, write_end, write_freeze, write_start
-from dist_finetune.train import fit
+from dist_finetune.training import fit
 from dist_finetune.watchdog import Watchdog
 from dist_finetune.world import World, join_world, leave_world, on_first, require_same, together
 

@@ -33,7 +33,7 @@ from invariance.configs import Inputs, config_of
 def run_case(case: Case, inputs: Inputs, work: Path) -> tuple[Outcome | None, str]:
     """What a case left (on rank 0), or the error it ended with."""
     seen: dict[int, list[int]] = {}
-    loop = sys.modules["dist_finetune.train"]
+    loop = sys.modules["dist_finetune.training"]
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         for step in training_steps(*args, **kwargs):
