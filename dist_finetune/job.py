@@ -46,6 +46,8 @@ class Stage:
     """Host copies of tensors that are not held and differ from the base model; mostly none."""
     rounded: dict[str, str]
     """sha256 of the frozen tensors that are held in bf16 (`freeze.dtype`), as rounded; the export has the source's."""
+    cache_s: float
+    """Seconds that filling (or finding) the cache of the frozen prefix took."""
 
     @cached_property
     def statistics(self) -> list[torch.Tensor]:
@@ -85,6 +87,7 @@ class Progress:
     without_gain: int = 0
     """Evaluations since the best one."""
     train_s: float = 0.0
+    cache_s: float = 0.0
     attempts: int = 1
     phases_done: list[dict[str, Any]] = field(default_factory=list)
     """Name and last step of each finished phase."""

@@ -14,8 +14,8 @@ class FeaturesSpec(Section):
     of that block, `head` what the model's own classifier reads. Left out: all of them."""
     pool: Pool = "auto"
     """How the positions of a depth become one vector. mean: over a text's tokens or an image's positions; cls: the
-    first token; gap: global average of a feature map; max; pyramid: averages of 1x1 and 2x2 cells of a feature map. auto:
-    mean for tokens, gap for feature maps."""
+    first token; gap: global average of a feature map; max; pyramid: averages of 1x1 and 2x2 cells of a feature map.
+    auto: mean for tokens, gap for feature maps."""
     heads: tuple[HeadKind, ...] = ("softmax", "svm", "rbf-svm")
     """softmax: multinomial logistic regression; svm: linear; rbf-svm: for up to 5,000 training rows."""
     class_weight: Literal["balanced"] | None = None

@@ -4,6 +4,7 @@ Every start goes this way, the first as well as one from a checkpoint and one of
 a checkpoint changed, then the freeze, then an optimizer of exactly what trains, then the shards, then Adam's moments.
 """
 
+import time
 from dataclasses import replace
 
 import torch
@@ -44,8 +45,10 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
     require_gradients(model, job.splits["train"].first_batch(), job.world)
     splits = job.splits
     dropped: dict[str, torch.Tensor] = {}
+    started_s = time.perf_counter()
     if job.plan.cache[phase.index].use:
         phase, splits, dropped = _cached(job, phase, model, digests)
+    cache_s = time.perf_counter() - started_s
     rounded = _rounded(job, phase, model)
     optimizer = build_optimizer(model, phase.groups)
     engine = shard(model, optimizer, job.plan, phase, accelerator, job.world)
@@ -53,7 +56,7 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
     if checkpoint:
         load_moments(engine, checkpoint, checkpoint.state["adam_steps"])
         engine.loss_scale.restore(checkpoint.state["loss_scale"])
-    return Stage(phase, engine, splits, digests, dropped, rounded)
+    return Stage(phase, engine, splits, digests, dropped, rounded, cache_s)
 
 
 def _rounded(job: Job, phase: PhasePlan, model: nn.Module) -> dict[str, str]:

@@ -33,6 +33,8 @@ class Summary:
     phases: tuple[dict[str, Any], ...]
     stopped_early: bool
     train_s: float
+    cache_s: float
+    """Seconds that filling the cache of the frozen prefix took, on top of `train_s`."""
     total_s: float
     save_pause_s: float
     """Longest time that a save kept training waiting."""
@@ -105,6 +107,7 @@ def summarise(
         phases=tuple(progress.phases_done),
         stopped_early=progress.step < plan.total_steps,
         train_s=round(progress.train_s, 3),
+        cache_s=round(progress.cache_s, 3),
         total_s=round(total_s, 3),
         save_pause_s=round(max(save_pauses_s, default=0.0), 4),
         attempts=progress.attempts,

@@ -18,7 +18,8 @@ def render_summary(summary: Summary) -> Table:
     verified = len(summary.frozen_verified)
     table.add_row("frozen tensors verified", f"{verified} of {verified}, bit-identical")
     table.add_row("strategy", f"{summary.strategy} on {summary.world_size} processes")
-    table.add_row("seconds training / total", f"{summary.train_s:.1f} / {summary.total_s:.1f}")
+    seconds = f"{summary.cache_s:.1f} / {summary.train_s:.1f} / {summary.total_s:.1f}"
+    table.add_row("seconds caching / training / total", seconds)
     table.add_row("peak memory a process", f"{summary.peak_memory_gib:.2f} GiB")
     table.add_row("run folder", str(summary.folder))
     return table

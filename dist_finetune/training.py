@@ -41,6 +41,7 @@ def fit(job: Job, stage: Stage, progress: Progress, saver: Saver, stop: StopWish
     Evaluates at the end of each epoch and of the phase, saves as the config says, and keeps `progress` current. Raises
     TrainingError where a loss or gradient norm is not finite, Stopped (with a checkpoint saved) where told to stop.
     """
+    progress.cache_s += stage.cache_s
     log, last = StepLog(), None
     try:
         if progress.before is None:
