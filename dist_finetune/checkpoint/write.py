@@ -187,7 +187,7 @@ def snapshot(engine: Engine, world: World, whole: Iterable[tuple[str, torch.Tens
     """
     fragments = list(engine.fragments())
     if not engine.is_partitioned:
-        mine = _share([f.weight.numel() for f in fragments], world.rank, world.world_size)
+        mine = snapshot_share([f.weight.numel() for f in fragments], world.rank, world.world_size)
         fragments = [fragments[i] for i in mine]
     tensors = {}
     for f in fragments:
@@ -201,7 +201,7 @@ def snapshot(engine: Engine, world: World, whole: Iterable[tuple[str, torch.Tens
     return tensors
 
 
-def _share(sizes: list[int], rank: int, world_size: int) -> list[int]:
+def snapshot_share(sizes: list[int], rank: int, world_size: int) -> list[int]:
     """Indices that `rank` writes where every rank holds everything: the largest first to whoever has least."""
     loads = [0] * world_size
     mine = []
