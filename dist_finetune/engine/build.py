@@ -34,6 +34,8 @@ def open_accelerator(plan: Plan, phase: PhasePlan, world: World) -> Any:
     """
     _scrub_environment()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # torch's word to DeepSpeed about renamed collectives; a user can do nothing about it
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from accelerate import Accelerator, DistributedDataParallelKwargs
