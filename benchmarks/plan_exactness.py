@@ -129,7 +129,7 @@ def run_case(spec: Any, world: Any, tables: Any) -> tuple[dict[str, int], dict[s
     phase, mine = plan.phases[0], plan.memory[plan.strategy]
     assert plan.costs.activations_unknown is None, plan.costs.activations_unknown
     planned = {name: getattr(mine.state, name) for name in STATE_NAMES}
-    planned |= {"saved": (plan.costs.saved_bytes_per_row or 0) * MICRO, "peak": mine.peak or 0}
+    planned |= {"saved": plan.costs.saved.at(MICRO), "peak": mine.peak or 0}
 
     accelerator = open_accelerator(plan, phase, world)
     model, _ = load_base(plan)

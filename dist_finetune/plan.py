@@ -20,7 +20,7 @@ from dist_finetune.freeze import Manifest
 from dist_finetune.fsdp_layout import FrozenLayout, fsdp_section
 from dist_finetune.memory.activations import fake_inputs
 from dist_finetune.memory.choice import USABLE_SHARE, Limits, RankMemory, choose_strategy
-from dist_finetune.memory.costs import Costs, plan_costs
+from dist_finetune.memory.costs import Costs, PassRequest, plan_costs
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.sources import build_model, describe_model
 from dist_finetune.models.structure import Structure, structure_of
@@ -173,6 +173,7 @@ def local_topology(processes: int = 1, num_nodes: int = 1) -> Topology:
 def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | None = None) -> Plan:
     """As `make_plan`, for data that is already read. `measure` says whether to run the model on fake tensors, for
     activations and a forecast; left out, only where they decide something: on a device whose memory is known."""
+    compare = bool(measure)
     measure = topology.device_memory_bytes is not None if measure is None else measure
     card = describe_model(spec.model, spec.data.image_size)
     data = _plan_data(spec, topology, tables, card)
@@ -194,7 +195,9 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
         limits,
         spec.train.micro_batch_size,
         precision != "fp32",
-        fake_inputs(card, data.max_length, data.image_size) if measure else None,
+        PassRequest(fake_inputs(card, data.max_length, data.image_size), spec.train.gradient_checkpointing, compare)
+        if measure
+        else None,
         topology.processes_per_node,
         spec.checkpoint.full,
     )

@@ -150,6 +150,14 @@ def cost_lines(plan: Plan) -> list[str]:
             f"forecast   {gain.speedup:.2f}x the unfrozen speed, counted in operations; {gain.speedup_cached:.2f}x "
             f"with the frozen prefix cached, which is {gain.frozen_prefix_share:.0%} of the forward pass"
         )
+    rows = plan.batches.micro_batch_size
+    if costs.activations and costs.other_activations:
+        ours, other = costs.activations.at(rows), costs.other_activations.at(rows)
+        way = "without" if plan.spec.train.gradient_checkpointing else "with"
+        if abs(ours - other) > ours // 100:
+            lines.append(
+                f"activations {_mib(ours)} MiB for {rows} rows, {_mib(other)} {way} train.gradient_checkpointing"
+            )
     if costs.activations_unknown:
         lines.append(f"activations unknown: the model can't be run without data ({costs.activations_unknown})")
     return lines

@@ -8,7 +8,7 @@ what its libraries take besides is left to the headroom of `choice`.
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from dist_finetune.freeze import Manifest, train_mode
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.sources import forward_logits
 from dist_finetune.models.structure import Part
+from dist_finetune.recompute import called_modules, recomputed
 
 aten = torch.ops.aten
 FLOPS: dict[Any, Callable[..., int]] = {
@@ -128,10 +129,13 @@ def fake_pass(
     micro_batch_size: int,
     autocast: bool,
     device: Literal["cpu", "cuda"] = "cpu",
+    recompute: Sequence[Part] = (),
+    in_bf16: Collection[str] = (),
 ) -> Pass | str:
     """The pass of a model on the meta device, frozen as `manifest` says, or why it can't be run without data.
 
-    `inputs` makes the inputs of so many rows. The model's tensors are fake within and on the meta device again after.
+    `inputs` makes the inputs of so many rows, the blocks `recompute` run under gradient checkpointing, the parameters
+    `in_bf16` are kept in bf16. The model's tensors are fake within and on the meta device again after.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -139,7 +143,7 @@ def fake_pass(
     level = log.level
     log.setLevel(logging.CRITICAL)  # it prints the traceback of what we report in a sentence
     try:
-        with FakeTensorMode(), _fake_tensors(model):
+        with FakeTensorMode(), _fake_tensors(model, in_bf16), _recomputing(model, recompute, device):
             frozen = set(manifest.frozen)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name not in frozen)
@@ -229,9 +233,33 @@ class _Enter:
         self.alive.part = self.label
 
 
+def _fused(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with FusedOnGpu():
+            return forward(*args, **kwargs)
+
+    return run
+
+
 @contextlib.contextmanager
-def _fake_tensors(model: nn.Module) -> Iterator[None]:
+def _recomputing(model: nn.Module, blocks: Sequence[Part], device: Literal["cpu", "cuda"]) -> Iterator[None]:
+    """Within it, the blocks keep no activations. Random numbers are not replayed: fake tensors have none."""
+    changed = [module for block in blocks for module in called_modules(model, block)]
+    for module in changed:
+        # the backward pass runs outside of a mode, and what it recomputes has to be as before
+        forward = _fused(module.forward) if device == "cuda" else module.forward
+        module.forward = recomputed(forward, keep_random_state=False)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+@contextlib.contextmanager
+def _fake_tensors(model: nn.Module, in_bf16: Collection[str]) -> Iterator[None]:
     """Within it (and a FakeTensorMode), every tensor of a meta model is a fake one on the CPU; tied ones stay tied."""
+    low = {id(parameter) for name, parameter in model.named_parameters() if name in in_bf16}
     places: list[tuple[dict[str, Any], str, Any]] = []
     fakes: dict[int, torch.Tensor] = {}
     for module in model.modules():
@@ -241,7 +269,8 @@ def _fake_tensors(model: nn.Module) -> Iterator[None]:
                 if tensor is None:
                     continue
                 if id(tensor) not in fakes:
-                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    dtype = torch.bfloat16 if id(tensor) in low else tensor.dtype
+                    empty = torch.empty(tensor.shape, dtype=dtype, device="cpu")
                     fakes[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
                 places.append((tensors, name, tensor))
     for tensors, name, tensor in places:

@@ -1,6 +1,6 @@
 """All that a plan says about memory, traffic and compute, put together for one model, freeze and topology."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -11,10 +11,11 @@ from dist_finetune.fsdp_layout import FrozenLayout
 from dist_finetune.memory.activations import Pass, fake_pass
 from dist_finetune.memory.choice import Activations, Limits, RankMemory, memory_of
 from dist_finetune.memory.forecast import Forecast, forecast, num_passed_by_backward
-from dist_finetune.memory.state import layout_of, state_bytes
+from dist_finetune.memory.state import kept_in_bf16, layout_of, state_bytes
 from dist_finetune.memory.traffic import checkpoint_bytes, step_traffic
-from dist_finetune.models.structure import Structure
+from dist_finetune.models.structure import Part, Structure
 from dist_finetune.phases import PhasePlan
+from dist_finetune.recompute import recomputed_blocks
 from dist_finetune.spec import Strategy
 
 FIT_ROWS = (2, 4)  # bytes grow evenly with the rows; a single row may take other kernels
@@ -25,8 +26,12 @@ class Costs:
     """Bytes and operations of a run. What needs a pass is None where none was asked for or possible."""
 
     memory: dict[Strategy, RankMemory]
-    saved_bytes_per_row: int | None
-    """Kept for the backward pass for each row of a micro-batch, parameters aside."""
+    saved: Activations | None
+    """Bytes that autograd keeps for the backward pass, parameters aside, by rows of a micro-batch."""
+    activations: Activations | None
+    """Most bytes that forward and backward keep alive besides state, by rows."""
+    other_activations: Activations | None
+    """The same with gradient checkpointing where the run has none, or without where it has."""
     activations_unknown: str | None
     """Why the model can't be run on fake tensors."""
     checkpoint_bytes: int
@@ -37,6 +42,16 @@ class Costs:
     """Under fsdp: replicated where asked for or where it fits, else shared out."""
 
 
+@dataclass(frozen=True)
+class PassRequest:
+    """How to run a model on fake tensors: `inputs` makes those of so many rows, `compare` also tries the other setting
+    of gradient checkpointing, for people to see."""
+
+    inputs: Callable[[int], Any]
+    gradient_checkpointing: bool
+    compare: bool
+
+
 def plan_costs(
     model: nn.Module,
     structure: Structure,
@@ -45,22 +60,29 @@ def plan_costs(
     limits: Limits,
     micro_batch_size: int | Literal["auto"],
     autocast: bool,
-    inputs: Callable[[int], Any] | None,
+    request: PassRequest | None,
     processes_per_node: int,
     full_checkpoint: bool,
 ) -> Costs:
     """The costs of training `phase` of a model on the meta device, under every strategy that is a key of `layouts`.
 
     `layouts` holds the section that DeepSpeed would get, those of `fsdp_section` (the first that fits is taken, else
-    the last), None for ddp. `inputs` makes the inputs of so many rows; None leaves out the pass, and with it
-    activations and forecast.
+    the last), None for ddp. Without a `request` there is no pass, and so no activations and no forecast.
     """
     manifest = phase.manifest
-    layout = layout_of(model, manifest, [group.names for group in phase.groups], autocast)
-    passes = _passes(model, structure, phase, limits, micro_batch_size, autocast, inputs) if inputs else ()
+    rounded = kept_in_bf16(manifest) if phase.frozen_dtype == "bf16" else frozenset()
+    layout = layout_of(model, manifest, [group.names for group in phase.groups], autocast, rounded)
+    passes: tuple[Pass, ...] | str = ()
+    other: tuple[Pass, ...] | str = ()
+    if request:
+        run = partial(_passes, model, structure, phase, request.inputs, autocast, limits.device, rounded)
+        sizes = _sizes(limits, micro_batch_size)
+        passes = run(request.gradient_checkpointing, sizes)
+        if request.compare and not isinstance(passes, str):
+            other = run(not request.gradient_checkpointing, sizes)
     measured = passes if isinstance(passes, tuple) else ()
+    activations = _line([(p.micro_batch_size, p.peak_bytes) for p in measured])
     passed = num_passed_by_backward(manifest, structure)
-    activations = _fit([(p.micro_batch_size, p.peak_bytes) for p in measured]) if measured else None
     memory: dict[Strategy, RankMemory] = {}
     frozen_layout: FrozenLayout = "replicate"
     for strategy, sections in layouts.items():
@@ -76,10 +98,11 @@ def plan_costs(
                 frozen_layout = (section or {})["frozen_layout"]
             if memory[strategy].fits is not False:
                 break
-    saved = _fit([(p.micro_batch_size, p.saved_bytes) for p in measured]) if measured else None
     return Costs(
         memory=memory,
-        saved_bytes_per_row=round(saved.per_row) if saved else None,
+        saved=_line([(p.micro_batch_size, p.saved_bytes) for p in measured]),
+        activations=activations,
+        other_activations=_line([(p.micro_batch_size, p.peak_bytes) for p in other if isinstance(p, Pass)]),
         activations_unknown=passes if isinstance(passes, str) else None,
         checkpoint_bytes=checkpoint_bytes(model, manifest, full_checkpoint),
         host_bytes_per_node=processes_per_node * sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
@@ -88,32 +111,42 @@ def plan_costs(
     )
 
 
+def _sizes(limits: Limits, micro_batch_size: int | Literal["auto"]) -> tuple[int, ...]:
+    """The micro-batch that will run, or two sizes where it is still to be chosen."""
+    if micro_batch_size != "auto":
+        return (micro_batch_size,)
+    sizes = limits.micro_batches()
+    return FIT_ROWS if limits.memory_bytes is not None and len(sizes) > 1 else (sizes[-1],)
+
+
 def _passes(
     model: nn.Module,
     structure: Structure,
     phase: PhasePlan,
-    limits: Limits,
-    micro_batch_size: int | Literal["auto"],
-    autocast: bool,
     inputs: Callable[[int], Any],
+    autocast: bool,
+    device: Literal["cpu", "cuda"],
+    rounded: Collection[str],
+    gradient_checkpointing: bool,
+    sizes: Sequence[int],
 ) -> tuple[Pass, ...] | str:
-    """A pass at the micro-batch that will run, or two where it is still to be chosen; why not, where that fails."""
-    if micro_batch_size == "auto":
-        sizes = limits.micro_batches()
-        rows = FIT_ROWS if limits.memory_bytes is not None and len(sizes) > 1 else (sizes[-1],)
-    else:
-        rows = (micro_batch_size,)
+    """A pass of each size, or why one failed."""
+    blocks: Sequence[Part] = recomputed_blocks(phase.manifest, structure) if gradient_checkpointing else ()
     found = []
-    for size in rows:
-        result = fake_pass(model, phase.manifest, structure.parts, inputs, size, autocast, limits.device)
+    for rows in sizes:
+        result = fake_pass(
+            model, phase.manifest, structure.parts, inputs, rows, autocast, device, recompute=blocks, in_bf16=rounded
+        )
         if isinstance(result, str):
             return result
         found.append(result)
     return tuple(found)
 
 
-def _fit(points: list[tuple[int, int]]) -> Activations:
-    """The line through one point and the origin, or through two."""
+def _line(points: list[tuple[int, int]]) -> Activations | None:
+    """The line through one point and the origin, or through two; None without a point."""
+    if not points:
+        return None
     (rows, num_bytes), *more = points
     if not more:
         return Activations(0.0, num_bytes / rows)

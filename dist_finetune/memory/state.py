@@ -6,7 +6,7 @@ shards optimizer state, stage 2 gradients too, stage 3 the weights too; padding 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,11 +35,23 @@ class Layout:
     """All buffers, also those that are recomputed and not saved."""
     num_reduced_in_bf16: int
     """Trainable elements whose gradients DeepSpeed sends in bf16."""
+    frozen_in_bf16: tuple[int, ...] = ()
+    """Frozen parameters that are kept in bf16; those in `frozen` are in fp32."""
 
     @property
     def trainable(self) -> int:
         """Trainable elements."""
         return sum(sum(group) for group in self.groups)
+
+    @property
+    def num_frozen(self) -> int:
+        """Frozen elements."""
+        return sum(self.frozen) + sum(self.frozen_in_bf16)
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of all frozen parameters."""
+        return sum(self.frozen) * FP32_BYTES + sum(self.frozen_in_bf16) * BF16_BYTES
 
     @property
     def num_trainable_tensors(self) -> int:
@@ -76,8 +88,20 @@ class StateBytes:
         return self.total + max(activations + self.communication, self.update)
 
 
-def layout_of(model: nn.Module, manifest: Manifest, groups: Sequence[Sequence[str]], autocast: bool) -> Layout:
-    """The layout of a model (it may be on the meta device) with the parameter names of its optimizer groups."""
+def kept_in_bf16(manifest: Manifest) -> frozenset[str]:
+    """The parameters that `freeze.dtype: bf16` rounds: frozen matrices and kernels."""
+    return frozenset(r.name for r in manifest.records if r.kind == "parameter" and r.frozen and len(r.shape) > 1)
+
+
+def layout_of(
+    model: nn.Module,
+    manifest: Manifest,
+    groups: Sequence[Sequence[str]],
+    autocast: bool,
+    rounded: Collection[str] = frozenset(),
+) -> Layout:
+    """The layout of a model (it may be on the meta device) with the parameter names of its optimizer groups, and of
+    those that are kept in bf16."""
     sizes = {record.name: record.num_elements for record in manifest.records if record.kind == "parameter"}
     in_bf16 = set()
     if autocast:
@@ -86,9 +110,10 @@ def layout_of(model: nn.Module, manifest: Manifest, groups: Sequence[Sequence[st
                 in_bf16 |= {f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)}
     return Layout(
         tuple(tuple(sizes[name] for name in group) for group in groups),
-        tuple(sizes[name] for name in manifest.frozen),
+        tuple(sizes[name] for name in manifest.frozen if name not in rounded),
         sum(buffer.nbytes for buffer in model.buffers()),
         sum(sizes[name] for name in manifest.trainable if name in in_bf16),
+        tuple(sizes[name] for name in manifest.frozen if name in rounded),
     )
 
 
@@ -112,7 +137,7 @@ def _ddp(layout: Layout, world_size: int, zero: Mapping[str, Any], accumulates: 
     trainable = layout.trainable * FP32_BYTES
     return StateBytes(
         trainable_weights=trainable,
-        frozen_weights=sum(layout.frozen) * FP32_BYTES,
+        frozen_weights=layout.frozen_bytes,
         gradients=trainable,
         optimizer=ADAM_MOMENTS * trainable + STEP_COUNT_BYTES * layout.num_trainable_tensors,
         masters=0,
@@ -159,7 +184,7 @@ def _zero_1_or_2(
         update = bucket + staged + own_gradients + in_update
     return StateBytes(
         trainable_weights=aligned * FP32_BYTES,
-        frozen_weights=sum(layout.frozen) * FP32_BYTES,
+        frozen_weights=layout.frozen_bytes,
         gradients=gradients,
         optimizer=ADAM_MOMENTS * share + STEP_COUNT_BYTES * len(layout.groups),
         masters=share,
@@ -176,6 +201,7 @@ def _zero3(layout: Layout, world_size: int, zero: Mapping[str, Any], accumulates
     shares = [sum(-(-n // world_size) for n in group) for group in layout.groups]
     share = sum(shares) * FP32_BYTES
     frozen = sum(-(-n // world_size) for n in layout.frozen) * FP32_BYTES
+    frozen += sum(-(-n // world_size) for n in layout.frozen_in_bf16) * BF16_BYTES
     bucket = int(zero["reduce_bucket_size"])
     in_bf16, total = layout.num_reduced_in_bf16, layout.trainable
     buckets = bucket * ((FP32_BYTES if in_bf16 < total else 0) + (BF16_BYTES if in_bf16 else 0))
@@ -188,14 +214,14 @@ def _zero3(layout: Layout, world_size: int, zero: Mapping[str, Any], accumulates
         buffers=layout.buffer_bytes,
         communication=buckets + gathered_elements(layout, zero) * FP32_BYTES,
         update=buckets + max(shares) * FP32_BYTES,
-        padding=share - total * FP32_BYTES // world_size + frozen - sum(layout.frozen) * FP32_BYTES // world_size,
+        padding=share - total * FP32_BYTES // world_size + frozen - layout.frozen_bytes // world_size,
     )
 
 
 def _fsdp(layout: Layout, world_size: int, fsdp: Mapping[str, Any], accumulates: bool) -> StateBytes:
     """Each parameter is cut along its first dimension; rank 0 has the full shares. `fsdp` is `fsdp_section`'s."""
     share = int(fsdp["trainable_share"]) * FP32_BYTES
-    frozen = int(fsdp["frozen_share"]) * FP32_BYTES
+    frozen = int(fsdp["frozen_share"]) * layout.frozen_bytes // max(1, layout.num_frozen)
     gathered = int(fsdp["gathered"]) * FP32_BYTES
     waiting = layout.trainable * FP32_BYTES if accumulates and world_size > 1 else 0  # whole, until the one reduction
     return StateBytes(
@@ -203,7 +229,7 @@ def _fsdp(layout: Layout, world_size: int, fsdp: Mapping[str, Any], accumulates:
         frozen_weights=frozen,
         gradients=share,
         optimizer=ADAM_MOMENTS * share + STEP_COUNT_BYTES * layout.num_trainable_tensors,
-        masters=share,
+        masters=0,
         buffers=layout.buffer_bytes,
         communication=2 * gathered + waiting,  # weights, and as much of gradients on their way
         update=0,
@@ -223,8 +249,8 @@ STATE: dict[Strategy, Callable[[Layout, int, Mapping[str, Any], bool], StateByte
 def gathered_elements(layout: Layout, zero: Mapping[str, Any]) -> int:
     """Most weights of other ranks that ZeRO-3 keeps on a rank: those it will use again within the reuse distance, which
     counts them on the way up and on the way down, and what it fetches ahead."""
-    everything = layout.trainable + sum(layout.frozen)
-    largest = max((*layout.frozen, *(n for group in layout.groups for n in group)))
+    everything = layout.trainable + layout.num_frozen
+    largest = max((*layout.frozen, *layout.frozen_in_bf16, *(n for group in layout.groups for n in group)))
     kept = int(zero["stage3_max_reuse_distance"]) // 2 + int(zero["stage3_prefetch_bucket_size"]) + 2 * largest
     return min(everything, kept)
 

@@ -26,7 +26,7 @@ def step_traffic(
     """
     if world_size == 1:
         return 0
-    weights = (layout.trainable + sum(layout.frozen)) * FP32_BYTES
+    weights = layout.trainable * FP32_BYTES + layout.frozen_bytes
     trainable = layout.trainable * FP32_BYTES
     in_bf16 = layout.num_reduced_in_bf16
     gradients = (layout.trainable - in_bf16) * FP32_BYTES + in_bf16 * BF16_BYTES

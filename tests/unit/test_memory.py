@@ -17,9 +17,10 @@ from dist_finetune.freeze import Manifest, compile_freeze, train_mode
 from dist_finetune.memory.activations import Pass, fake_pass, measured_pass
 from dist_finetune.memory.choice import Activations, Limits, choose_strategy, memory_of
 from dist_finetune.memory.forecast import forecast
-from dist_finetune.memory.state import Layout, StateBytes, layout_of, state_bytes
+from dist_finetune.memory.state import Layout, StateBytes, kept_in_bf16, layout_of, state_bytes
 from dist_finetune.memory.traffic import checkpoint_bytes, step_traffic
 from dist_finetune.models.structure import Structure, structure_of
+from dist_finetune.recompute import called_modules, recomputed, recomputed_blocks
 from dist_finetune.spec import FreezeSpec
 
 ZERO = {"reduce_bucket_size": 100, "stage3_max_reuse_distance": 20, "stage3_prefetch_bucket_size": 5}
@@ -180,6 +181,41 @@ def test_bytes_grow_evenly_with_the_rows_and_shrink_with_what_is_frozen_below():
         saved.append(sixteen.saved_bytes)
     assert saved == sorted(saved, reverse=True)
     assert saved[0] > saved[1] * 1.3 > saved[2] * 1.3
+
+
+@pytest.mark.parametrize("name", ["bert", "resnet"])
+def test_gradient_checkpointing_is_counted_as_it_runs(name):
+    make, inputs = MODELS[name]
+    real_model = make()
+    structure, manifest = frozen_by(real_model, embeddings=True, layers="0")
+    with torch.device("meta"):
+        meta_model = make()
+    blocks = recomputed_blocks(manifest, structure)
+    assert [block.index for block in blocks] == list(range(1, structure.depth))
+    plain, lean, lean_gpu = (
+        fake_pass(meta_model, manifest, structure.parts, inputs, 4, False, device, recompute=some)
+        for device, some in (("cpu", ()), ("cpu", blocks), ("cuda", blocks))
+    )
+    for block in blocks:
+        for module in called_modules(real_model, block):
+            module.forward = recomputed(module.forward)
+    assert measured_pass(real_model, structure.parts, inputs, 4, autocast=False) == lean
+    assert lean.saved_bytes < plain.saved_bytes / 3
+    assert lean_gpu.saved_bytes <= lean.saved_bytes
+    assert not any("forward" in vars(module) for module in meta_model.modules())
+
+
+def test_frozen_weights_in_bf16_take_half():
+    model = tiny_bert()
+    _, manifest = frozen_by(model, rule="backbone")
+    groups, rounded = [manifest.trainable], kept_in_bf16(manifest)
+    assert rounded < set(manifest.frozen)
+    plain, low = (layout_of(model, manifest, groups, True, names) for names in ((), rounded))
+    assert plain.num_frozen == low.num_frozen == manifest.num_frozen
+    halved = sum(model.get_parameter(name).numel() for name in rounded)
+    for strategy, ranks in (("ddp", 1), ("zero2", 1), ("zero3", 2)):
+        states = [state_bytes(layout, strategy, 2, ZERO, False).frozen_weights for layout in (plain, low)]
+        assert states[0] - states[1] == 2 * halved // ranks
 
 
 def test_on_a_gpu_dropout_and_attention_keep_less():
