@@ -31,7 +31,7 @@ from dist_finetune.checkpoint.read import damage
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp")
 NUM_PROCESSES = 2
 START_S = 6.0  # about what a start takes before its first step
-ATTEMPT_LIMIT_S = 120
+ATTEMPT_LIMIT_S = 300
 END_LIMIT_S = 30
 IN_START_UP = 0.2
 """Share of faults that come before the first step of an attempt."""
