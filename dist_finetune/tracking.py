@@ -58,7 +58,7 @@ def start_wandb(track: TrackSpec, folder: Path, name: str, config: dict[str, Any
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False))
     if track.wandb == "online" and not logged_in:
         raise UserError("track.wandb: online needs a login: run `wandb login`, or set WANDB_API_KEY; or use offline")
     mode: Literal["online", "offline"] = "online" if logged_in else "offline"

@@ -102,8 +102,18 @@ class ZeroEngine:
 
     def close(self) -> None:
         self._engine.destroy()
+        if self._stage == 3:
+            self._forget_module()
         self._accelerator.deepspeed_engine_wrapped = None
         self._accelerator.free_memory()
+
+    def _forget_module(self) -> None:
+        """Stage 3 puts the model on a list of the whole process and leaves it there: a phase's weights would stay in
+        memory through all later ones."""
+        from deepspeed.runtime.zero import parameter_offload
+
+        stack = parameter_offload.FWD_MODULE_STACK
+        stack[:] = [module for module in stack if module is not self.module]
 
     def _groups(self) -> list[list[Any]]:
         groups: list[list[Any]] = self._zero.fp16_groups if self._stage == 3 else self._zero.round_robin_bit16_groups

@@ -61,6 +61,7 @@ def test_two_nodes_train_as_one_machine_does(
     assert "is finished" in again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks_per_node", [1, 2])
 def test_srun_starts_the_worker_itself(
     cluster: Cluster, config: WriteConfig, straight: Straight, tmp_path: Path, tasks_per_node: int
@@ -116,6 +117,7 @@ def test_the_real_time_limit(cluster: Cluster, config: WriteConfig, tmp_path: Pa
     cluster.call("scancel", job)
 
 
+@pytest.mark.slow
 def test_a_more_urgent_job_takes_the_nodes_and_gives_them_back(
     cluster: Cluster, config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -176,6 +178,7 @@ def test_a_failing_job_ends_at_once_with_the_message(cluster: Cluster, config: W
     assert "attempt 2" not in log
 
 
+@pytest.mark.slow
 def test_two_jobs_share_two_nodes(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
     """Their ports differ, so neither takes the other's ranks."""
     folders = [tmp_path / name for name in ("one", "two")]
@@ -192,6 +195,7 @@ def test_two_jobs_share_two_nodes(cluster: Cluster, config: WriteConfig, tmp_pat
     assert losses(folders[0] / "runs" / "one") == losses(folders[1] / "runs" / "two")
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_job_array(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
     path = config("sweep")
     job = cluster.submit(
@@ -206,6 +210,7 @@ def test_a_sweep_is_a_job_array(cluster: Cluster, config: WriteConfig, tmp_path:
     assert logs == [f"slurm-{job}_0.out", f"slurm-{job}_1.out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["with space and 'quotes' \"both\"", "$(touch BROKE)`touch BROKE`;&|#", "ünï-中文-%j-%%", "-n=9 --help"]
 )
@@ -219,6 +224,7 @@ def test_names_that_try_to_break_out(cluster: Cluster, config: WriteConfig, tmp_
     assert not list(tmp_path.rglob("BROKE*"))
 
 
+@pytest.mark.slow
 def test_the_script_for_submitting_by_hand(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
     path = config("by-hand")
     script = Path(__file__).parents[2] / "slurm" / "train_cpu.sbatch"
@@ -227,6 +233,7 @@ def test_the_script_for_submitting_by_hand(cluster: Cluster, config: WriteConfig
     assert read_json(tmp_path / "runs" / "by-hand" / "summary.json")["steps"] == 2
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_gives_the_job_back(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
     path = config("node", **LONG)
     job = cluster.submit(tmp_path, str(path), "--nodes", "2", "--gpus-per-node", "0")
