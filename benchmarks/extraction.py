@@ -22,7 +22,7 @@ from dist_finetune.features.store import Store
 from dist_finetune.models.sources import forward_logits
 from dist_finetune.report import Reporter
 from dist_finetune.spec_file import load_spec
-from dist_finetune.world import join_world, leave_world
+from dist_finetune.world import join_world
 
 TURNS = 3
 
@@ -41,9 +41,8 @@ def bare_loop(job: FeatureJob) -> float:
 
 def main() -> None:
     spec = load_spec(sys.argv[1], sys.argv[2:])
-    world = join_world(spec.launch)
     folder = Path(tempfile.mkdtemp())
-    try:
+    with join_world(spec.launch) as world:
         tables = read_tables(spec.data, spec.train.seed)
         job = prepare_features(spec, tables, folder, world, Reporter(False))
         num_rows = sum(rows.num_rows for rows in job.splits.values())
@@ -56,9 +55,7 @@ def main() -> None:
             rates = (num_rows / bare_s, num_rows / ours_s)
             print(f"{rates[0]:.1f} rows/s bare, {rates[1]:.1f} with features at {len(job.depths)} depths")
         print(f"ratio {median(ratios):.3f} (median of {TURNS}; {min(ratios):.3f} to {max(ratios):.3f})")
-    finally:
-        leave_world(world)
-        shutil.rmtree(folder)
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -244,28 +244,27 @@ def work(arguments: argparse.Namespace) -> None:
 
     from dist_finetune.data.tables import read_tables
     from dist_finetune.spec import LaunchSpec
-    from dist_finetune.world import gather_objects, join_world, leave_world
+    from dist_finetune.world import gather_objects, join_world
 
     # imported first, so that what it makes is old when objects are looked at
     importlib.import_module("deepspeed")
     gc.collect()
     gc.freeze()  # what is there now is no case's: looking through it takes seconds
-    world = join_world(LaunchSpec())
     folder, rows = Path(arguments.material), []
     tables: dict[bool, Any] = {}
-    for model, freeze, precision in cases(arguments.quick):
-        for strategy in arguments.strategies:
-            spec = spec_of(folder, model, freeze, precision, strategy, world.world_size)
-            is_text = model in BERTS
-            if is_text not in tables:
-                tables[is_text] = read_tables(spec.data, 0)
-            planned, real = run_case(spec, world, tables[is_text])
-            worst = {name: max(found[name] for found in gather_objects(real)) for name in real}
-            rows.append(Row(world.world_size, model, freeze, precision, strategy, planned, worst))
-    if world.is_first:
-        Path(arguments.rows).write_text(json.dumps([asdict(row) for row in rows]))
-    dist.barrier()
-    leave_world(world)
+    with join_world(LaunchSpec()) as world:
+        for model, freeze, precision in cases(arguments.quick):
+            for strategy in arguments.strategies:
+                spec = spec_of(folder, model, freeze, precision, strategy, world.world_size)
+                is_text = model in BERTS
+                if is_text not in tables:
+                    tables[is_text] = read_tables(spec.data, 0)
+                planned, real = run_case(spec, world, tables[is_text])
+                worst = {name: max(found[name] for found in gather_objects(real)) for name in real}
+                rows.append(Row(world.world_size, model, freeze, precision, strategy, planned, worst))
+        if world.is_first:
+            Path(arguments.rows).write_text(json.dumps([asdict(row) for row in rows]))
+        dist.barrier()
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from dist_finetune.engine import open_accelerator
 from dist_finetune.errors import DistFinetuneError
 from dist_finetune.plan import Plan, local_topology, make_plan
 from dist_finetune.spec import LaunchSpec, Spec
-from dist_finetune.world import World, gather_objects, join_world, leave_world, together
+from dist_finetune.world import World, gather_objects, join_world, together
 
 JOIN_TIMEOUT_S = 60.0
 COLLECTIVE_TIMEOUT_S = 120.0
@@ -26,14 +26,11 @@ def examine(spec: Spec | None, say: Callable[[str], None]) -> int:
         update={"join_timeout": JOIN_TIMEOUT_S, "timeout": COLLECTIVE_TIMEOUT_S}
     )
     try:
-        world = join_world(launch)
+        with join_world(launch) as world:
+            findings = _examine_together(spec, world)
     except DistFinetuneError as error:
         say(_line(Finding("fail", "ranks", str(error))))
         return 1
-    try:
-        findings = _examine_together(spec, world)
-    finally:
-        leave_world(world)
     if world.is_first:
         for finding in findings:
             say(_line(finding))

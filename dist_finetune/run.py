@@ -23,7 +23,7 @@ from dist_finetune.stopping import Stopped, StopWish
 from dist_finetune.summary import Summary, load_summary, write_end, write_freeze, write_start
 from dist_finetune.training import fit
 from dist_finetune.watchdog import Watchdog
-from dist_finetune.world import World, join_world, leave_world, on_first, require_same, together
+from dist_finetune.world import World, join_world, on_first, require_same, together
 
 
 def train(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary:
@@ -33,8 +33,7 @@ def train(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary
     may differ from the config it was started with. Raises DistFinetuneError; every rank raises, none waits.
     """
     started_s = time.perf_counter()
-    with StopSignals() as signals:
-        world = join_world(spec.launch)
+    with StopSignals() as signals, join_world(spec.launch) as world:
         report = Reporter(world.is_first)
         try:
             if on_first(world, lambda: check_run_folder(spec, fresh, changes)) == "finished":
@@ -45,8 +44,6 @@ def train(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary
             write_end(folder_of(spec), "stopped" if isinstance(error, Stopped) else "failed", error, world)
             report.finish({}, exit_code=1)
             raise
-        finally:
-            leave_world(world)
 
 
 def _train(spec: Spec, fresh: bool, world: World, report: Reporter, signals: StopSignals, started_s: float) -> Summary:

@@ -9,18 +9,15 @@ from dist_finetune.run import train
 from dist_finetune.run_folder import Changes
 from dist_finetune.spec import FreezeSpec, Spec
 from dist_finetune.summary import Summary
-from dist_finetune.world import join_world, leave_world
+from dist_finetune.world import join_world
 
 
 def run_task(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary | FeatureSummary:
     """Does, as one rank of the job it finds itself in, what `spec` asks for. Raises DistFinetuneError."""
     if spec.strategy == "auto":
         # Joined here, the process group lasts from the probes to the end; a second one would need a new rendezvous.
-        world = join_world(spec.launch)
-        try:
+        with join_world(spec.launch):
             return run_task(follow_advice(spec), fresh, changes)
-        finally:
-            leave_world(world)
     if spec.task == "features":
         return compare_heads(spec, fresh, changes)
     return train(spec, fresh, changes)

@@ -6,7 +6,8 @@ The only file that starts or ends a process group. Works alone (one process, a n
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -32,8 +33,6 @@ class World:
     world_size: int
     local_world_size: int
     device: torch.device
-    made_group: bool
-    """False where the caller's own process group was joined, which is then left as it is."""
 
     @property
     def num_nodes(self) -> int:
@@ -45,41 +44,59 @@ class World:
         return self.rank == 0
 
 
-def join_world(launch: LaunchSpec) -> World:
+@contextmanager
+def join_world(launch: LaunchSpec) -> Iterator[World]:
     """Joins (or, alone, makes) the process group; gloo for CPU tensors, NCCL for CUDA tensors.
 
-    Raises UserError where the launcher's variables and the ranks that really arrived disagree, or two ranks share a
-    GPU.
+    At the end a group that was made here is gone, so that the interpreter exits without a warning or a hang, and the
+    environment is as before: what a notebook starts next must not take itself for a rank of this job. Raises UserError
+    where the launcher's variables and the ranks that really arrived disagree, or two ranks share a GPU.
     """
     found = world_from_environment(os.environ)
     device = _device(found.local_rank, found.local_world_size)
     _set_cpu_threads(launch, found.local_world_size)
-    os.environ.update(torch_variables(found))
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=launch.timeout)
+    variables = torch_variables(found)
+    if found.world_size == 1:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # never opened: the store lives in this process
+        variables = {**variables, **{name: os.environ.get(name, value) for name, value in address.items()}}
     made_group = not dist.is_initialized()
-    if made_group:
-        if found.world_size == 1:
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            os.environ.setdefault("MASTER_PORT", "29500")  # never opened: the store lives in this process
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
-            store = meet(found, launch.join_timeout)
-            dist.init_process_group(backend, store=store, rank=found.rank, world_size=found.world_size, timeout=timeout)
-    world = World(
-        found.launcher, found.rank, found.local_rank, found.world_size, found.local_world_size, device, made_group
-    )
-    _check_ranks(world)
-    check_all_reduce(world.rank, world.world_size, world.device)
-    return world
+    with _environment(variables):
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if made_group:
+            store = meet(found, launch.join_timeout) if found.world_size > 1 else dist.HashStore()
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=found.rank,
+                world_size=found.world_size,
+                timeout=timedelta(seconds=launch.timeout),
+            )
+        try:
+            world = World(
+                found.launcher, found.rank, found.local_rank, found.world_size, found.local_world_size, device
+            )
+            _check_ranks(world)
+            check_all_reduce(world.rank, world.world_size, world.device)
+            yield world
+        finally:
+            # a caller's own process group is left as it is
+            if made_group and dist.is_initialized():
+                dist.destroy_process_group()
 
 
-def leave_world(world: World) -> None:
-    """Ends the process group that `join_world` made, so that the interpreter exits without a warning or a hang."""
-    if world.made_group and dist.is_initialized():
-        dist.destroy_process_group()
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _device(local_rank: int, local_world_size: int) -> torch.device:

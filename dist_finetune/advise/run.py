@@ -25,7 +25,7 @@ from dist_finetune.report import Reporter
 from dist_finetune.run_folder import write_json, write_text
 from dist_finetune.spec import Spec
 from dist_finetune.spec_features import FeaturesSpec
-from dist_finetune.world import World, join_world, leave_world, on_first, together
+from dist_finetune.world import World, join_world, on_first, together
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,8 @@ def advise(spec: Spec) -> Advice:
 
     Writes <output>/<name>-advise: advice.json, advice.yaml (the config with the advice in it), advice.svg.
     """
-    world = join_world(spec.launch)
-    report = Reporter(world.is_first)
-    try:
-        return _advise(spec, world, report)
-    finally:
-        leave_world(world)
+    with join_world(spec.launch) as world:
+        return _advise(spec, world, Reporter(world.is_first))
 
 
 def follow_advice(spec: Spec) -> Spec:
@@ -74,17 +70,14 @@ def follow_advice(spec: Spec) -> Spec:
         raise UserError(
             f"strategy: auto chooses what to freeze and train, but {' and '.join(decided)} is set; keep one"
         )
-    world = join_world(spec.launch)
-    report = Reporter(world.is_first)
-    try:
+    with join_world(spec.launch) as world:
+        report = Reporter(world.is_first)
         part = on_first(world, lambda: _earlier(spec))
         if part is None:
             part = _advise(spec, world, report).verdict.config
         else:
             report.say(f"strategy: auto goes by {advice_folder(spec) / 'advice.json'}")
         return merged(spec, part)
-    finally:
-        leave_world(world)
 
 
 def advice_folder(spec: Spec) -> Path:

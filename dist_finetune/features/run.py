@@ -24,7 +24,7 @@ from dist_finetune.spec import Spec
 from dist_finetune.spec_features import HeadKind
 from dist_finetune.stopping import Interrupted, Stopped, StopWish
 from dist_finetune.summary import write_end
-from dist_finetune.world import World, gather_objects, join_world, leave_world, on_first, together
+from dist_finetune.world import World, gather_objects, join_world, on_first, together
 
 
 def compare_heads(spec: Spec, fresh: bool = False, changes: Changes = "none") -> FeatureSummary:
@@ -35,20 +35,18 @@ def compare_heads(spec: Spec, fresh: bool = False, changes: Changes = "none") ->
     """
     started_s = time.perf_counter()
     refuse_idle_settings(spec)
-    world = join_world(spec.launch)
-    report = Reporter(world.is_first)
-    folder = folder_of(spec)
-    try:
-        if on_first(world, lambda: check_run_folder(spec, fresh, changes)) == "finished":
-            report.say(f"{folder} is finished; --fresh runs it again")
-            return load_feature_summary(folder)
-        return _run(spec, fresh, world, report, started_s)
-    except Exception as error:
-        write_end(folder, "stopped" if isinstance(error, Stopped) else "failed", error, world)
-        report.finish({}, exit_code=1)
-        raise
-    finally:
-        leave_world(world)
+    with join_world(spec.launch) as world:
+        report = Reporter(world.is_first)
+        folder = folder_of(spec)
+        try:
+            if on_first(world, lambda: check_run_folder(spec, fresh, changes)) == "finished":
+                report.say(f"{folder} is finished; --fresh runs it again")
+                return load_feature_summary(folder)
+            return _run(spec, fresh, world, report, started_s)
+        except Exception as error:
+            write_end(folder, "stopped" if isinstance(error, Stopped) else "failed", error, world)
+            report.finish({}, exit_code=1)
+            raise
 
 
 def _run(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: float) -> FeatureSummary:

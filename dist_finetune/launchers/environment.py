@@ -128,8 +128,10 @@ def _from_torch_variables(env: Mapping[str, str]) -> LaunchedAs:
     rank, world_size, local_rank = (_number(env, name) for name in TORCH_NAMES)
     address = env.get("MASTER_ADDR") or None
     port = _number(env, "MASTER_PORT") if env.get("MASTER_PORT") else None
-    # deepspeed's launcher writes LOCAL_SIZE, the others LOCAL_WORLD_SIZE.
-    size_name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if env.get(name)), None)
+    # deepspeed's launcher writes LOCAL_SIZE, the others LOCAL_WORLD_SIZE; the other name is what its caller had left.
+    size_names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    own_first = reversed(size_names) if _launcher_name(env) == "deepspeed" else size_names
+    size_name = next((name for name in own_first if env.get(name)), None)
     if size_name:
         local_world_size = _number(env, size_name)
     elif world_size == 1 or address in ("127.0.0.1", "localhost", "::1"):

@@ -20,7 +20,7 @@ from dist_finetune.run import _prepare
 from dist_finetune.spec import FreezeSpec
 from dist_finetune.spec_file import load_spec
 from dist_finetune.stage import load_base, open_stage
-from dist_finetune.world import World, join_world, leave_world
+from dist_finetune.world import World, join_world
 
 
 def look(config: str, strategy: str, world: World) -> dict[str, Any]:
@@ -49,10 +49,9 @@ def look(config: str, strategy: str, world: World) -> dict[str, Any]:
 
 def main() -> None:
     config, results, *strategies = sys.argv[1:]
-    world = join_world(load_spec(config, []).launch)
-    found = {strategy: look(config, strategy, world) for strategy in strategies}
-    Path(f"{results}.{world.rank}").write_text(json.dumps(found), encoding="utf-8")
-    leave_world(world)
+    with join_world(load_spec(config, []).launch) as world:
+        found = {strategy: look(config, strategy, world) for strategy in strategies}
+        Path(f"{results}.{world.rank}").write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

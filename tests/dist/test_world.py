@@ -64,18 +64,17 @@ from dist_finetune.engine import open_accelerator
 from dist_finetune.errors import UserError
 from dist_finetune.plan import local_topology, make_plan
 from dist_finetune.spec_file import load_spec
-from dist_finetune.world import join_world, leave_world
+from dist_finetune.world import join_world
 
 spec = load_spec(sys.argv[1], [f"shard.strategy={sys.argv[2]}"])
-world = join_world(spec.launch)
-plan = make_plan(spec, local_topology(2))
-alone = dataclasses.replace(world, world_size=1)
-try:
-    open_accelerator(plan, plan.phases[0], alone)
-except UserError as error:
-    open(f"{sys.argv[3]}.{world.rank}", "w").write(str(error))
-open_accelerator(plan, plan.phases[0], world)
-leave_world(world)
+with join_world(spec.launch) as world:
+    plan = make_plan(spec, local_topology(2))
+    alone = dataclasses.replace(world, world_size=1)
+    try:
+        open_accelerator(plan, plan.phases[0], alone)
+    except UserError as error:
+        open(f"{sys.argv[3]}.{world.rank}", "w").write(str(error))
+    open_accelerator(plan, plan.phases[0], world)
 """
 
 

@@ -1,10 +1,15 @@
 """The entry points from Python stay what they are documented to be, whatever was imported before."""
 
 import importlib
+import os
 import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
+
+from dist_finetune.spec import LaunchSpec
+from dist_finetune.world import join_world
 
 
 @pytest.mark.parametrize("name", ["load_spec", "make_plan", "train"])
@@ -23,3 +28,14 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     package = importlib.import_module("dist_finetune")
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
         _ = package.trian
+
+
+def test_what_a_notebook_starts_after_a_run_is_no_rank_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", "29511")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    before = dict(os.environ)
+    with join_world(LaunchSpec()) as world:
+        assert (world.world_size, os.environ["RANK"], os.environ["LOCAL_WORLD_SIZE"]) == (1, "0", "1")
+        assert dist.is_initialized()
+    assert dict(os.environ) == before
+    assert not dist.is_initialized()

@@ -20,16 +20,15 @@ from dist_finetune.checkpoint.verify import verify_path
 from dist_finetune.checkpoint.write import CheckpointWriter, snapshot_share
 from dist_finetune.errors import TrainingError, UserError
 from dist_finetune.spec import LaunchSpec
-from dist_finetune.world import World, join_world, leave_world
+from dist_finetune.world import World, join_world
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    joined = join_world(LaunchSpec())
-    yield joined
-    leave_world(joined)
+    with join_world(LaunchSpec()) as joined:
+        yield joined
 
 
 def tensors(step: int, num_elements: int = 1000) -> dict[str, torch.Tensor]:
@@ -195,7 +194,7 @@ for moment in range(1, 1000):
     child = os.fork()
     if child == 0:
         left = moment
-        world = join_world(LaunchSpec())  # its threads would not outlive a fork
+        world = join_world(LaunchSpec()).__enter__()  # its threads would not outlive a fork
         writer = CheckpointWriter(run, 1, None, world, 60, print)
         armed = True
         writer.save(20, {"weight:layer.weight@0": torch.full((1000,), 20.0)}, {"world_size": 1, "strategy": "ddp"})

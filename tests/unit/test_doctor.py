@@ -26,9 +26,10 @@ JOIN = """
 import sys
 from dist_finetune.errors import UserError
 from dist_finetune.spec import LaunchSpec
-from dist_finetune.world import join_world, leave_world
+from dist_finetune.world import join_world
 try:
-    leave_world(join_world(LaunchSpec(join_timeout=4)))
+    with join_world(LaunchSpec(join_timeout=4)):
+        pass
 except UserError as error:
     sys.exit(f"refused: {error}")
 """

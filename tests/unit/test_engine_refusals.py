@@ -18,7 +18,7 @@ from dist_finetune.spec_file import load_spec
 from dist_finetune.world import World
 
 Groups = list[dict[str, Any]]
-WORLD = World("none", 0, 0, 1, 1, torch.device("cpu"), made_group=False)
+WORLD = World("none", 0, 0, 1, 1, torch.device("cpu"))
 NO_ACCELERATOR = object()  # every refusal must come before it is asked for anything
 
 

@@ -80,6 +80,8 @@ def without(env: dict[str, str], *names: str) -> dict[str, str]:
         (TORCHRUN, LaunchedAs("torchrun", 3, 1, 4, 2, 1, "n1", 29500)),
         ({**TORCHRUN, "ACCELERATE_MIXED_PRECISION": "no"}, LaunchedAs("accelerate launch", 3, 1, 4, 2, 1, "n1", 29500)),
         (DEEPSPEED, LaunchedAs("deepspeed", 1, 1, 2, 2, 0, "127.0.0.1", 29500)),
+        # The caller of deepspeed was itself a worker of torchrun.
+        ({**DEEPSPEED, "LOCAL_WORLD_SIZE": "1"}, LaunchedAs("deepspeed", 1, 1, 2, 2, 0, "127.0.0.1", 29500)),
         (
             without(DEEPSPEED, "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE"),
             LaunchedAs("variables", 1, 1, 2, 2, 0, "127.0.0.1", 29500),
