@@ -21,6 +21,7 @@ from dist_finetune.models.weights import (
     head_tensors,
     load_body,
     read_weights,
+    restart_heads,
     seeded,
     tensors_sha256,
     weights_file,
@@ -99,6 +100,7 @@ def load_timm(card: ModelCard, spec: ModelSpec, classes: tuple[str, ...], seed: 
                 assert file is not None
                 state = read_weights(file)
             missing = load_body(model, state, head, head_kept, f"model.name {card.name}: {file}")
+    restart_heads(model, missing, seed)
     return model, Provenance(card.name, commit, files_sha256([file]), (file.name,), missing, head_kept)
 
 

@@ -19,6 +19,7 @@ from dist_finetune.models.weights import (
     head_tensors,
     load_body,
     read_weights,
+    restart_heads,
     seeded,
     tensors_sha256,
     weights_file,
@@ -82,6 +83,7 @@ def load_torchvision(
     )
     head = head_tensors(lambda n: _create(card, spec, n), len(classes))
     missing = load_body(model, tensors, head, head_kept, f"model.name {card.name}: {file}")
+    restart_heads(model, missing, seed)
     return model, Provenance(card.name, None, files_sha256([file]), (file.name,), missing, head_kept)
 
 

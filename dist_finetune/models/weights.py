@@ -103,6 +103,19 @@ def load_body(
     return tuple(n for n in wanted if n in head and n not in given)
 
 
+def restart_heads(model: nn.Module, names: Collection[str], seed: int) -> None:
+    """Draws the head tensors `names` anew from `seed`, as torch's own layers start.
+
+    timm and torchvision start the classifier of an EfficientNet from U(-1/sqrt(C), 1/sqrt(C)) for C classes, meant for a
+    thousand of them: with two the first loss is 2.8, and a head that trains alone needs many epochs to come down.
+    """
+    with seeded(seed):
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
+            layer = model.get_submodule(path)
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.reset_parameters()
+
+
 def raise_differences(what: str, missing: list[str], unexpected: list[str], shapes: list[str]) -> None:
     """Raises UserError that names up to five tensors of each kind of difference, if there is any."""
     kinds = (("missing from the file", missing), ("not in the model", unexpected), ("of another shape", shapes))

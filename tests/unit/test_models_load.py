@@ -148,6 +148,18 @@ def test_the_demo_cnn_holds_the_files_tensors_under_timms_names() -> None:
     assert not torch.equal(state["classifier.weight"], other["classifier.weight"])
 
 
+@pytest.mark.parametrize("name", ["timm:tf_efficientnet_lite0", "torchvision:efficientnet_b0", "torchvision:vgg11"])
+def test_a_new_head_starts_as_torchs_layers_do_whatever_its_library_does(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "weights.safetensors"
+    write_weights(load(name, tuple("abcdefg"), weights="none")[0].state_dict(), file)
+    model, provenance = load(name, weights=str(file))
+    weight, bias = (model.state_dict()[n] for n in provenance.initialized)
+    bound = weight.shape[1] ** -0.5
+    for tensor in (weight, bias):  # U(-1/sqrt(inputs), 1/sqrt(inputs))
+        assert tensor.abs().max() <= bound
+    assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("name", ["timm:test_resnet", "torchvision:mobilenet_v3_small"])
 def test_a_weight_file_fills_all_but_the_head(tmp_path: Path, name: str, suffix: str) -> None:
