@@ -30,6 +30,8 @@ import yaml
 from dist_finetune.models.demo import efficientnet_file, minilm_folder
 
 PROCESSES = 2
+IMAGE_SIZE = 240
+"""At 224 a head alone is right on 0.947 of ants and bees, 0.008 up or down by its seed; at 240 on 0.96."""
 OURS, GROUPED = "dist_finetune", "Trainer, grouped by length"
 POINT = 0.01
 
@@ -140,7 +142,7 @@ def run_ours(name: str, job: Job, epochs: int, seed: int, lr: float, cache: Path
         data = given.shared / "data" / "hymenoptera"
         config = {
             "model": {"name": "demo:efficientnet-lite0"},
-            "data": {"train": str(data / "train"), "validation": str(data / "val"), "image_size": 224},
+            "data": {"train": str(data / "train"), "validation": str(data / "val"), "image_size": IMAGE_SIZE},
             "train": {
                 **common, "global_batch_size": 16 * PROCESSES, "schedule": "constant", "max_grad_norm": None
             },
@@ -169,6 +171,8 @@ def run_peer(name: str, job: Job, program: str, epochs: int, seed: int, lr: floa
         data = given.shared / "data" / "hymenoptera"
         script = [
             "trainer_image.py",
+            "--size",
+            IMAGE_SIZE,
             "--weights",
             efficientnet_file(),
             "--data",

@@ -104,16 +104,21 @@ def load_body(
 
 
 def restart_heads(model: nn.Module, names: Collection[str], seed: int) -> None:
-    """Draws the head tensors `names` anew from `seed`, as torch's own layers start.
+    """Starts a new classifier, that is the tensors `names`, from zeros, as Big Transfer does (Kolesnikov 2020).
 
-    timm and torchvision start the classifier of an EfficientNet from U(-1/sqrt(C), 1/sqrt(C)) for C classes, meant for a
-    thousand of them: with two the first loss is 2.8, and a head that trains alone needs many epochs to come down.
+    The first loss is then log(classes), and no random direction goes into the body. timm and torchvision start that of
+    an EfficientNet from U(-1/sqrt(classes), 1/sqrt(classes)), meant for a thousand: with two the first loss is 2.8, and
+    a head that trains alone takes many epochs to come down. A convolution, which SqueezeNet puts before a ReLU, would
+    never leave zero: it starts as torch's layers do, from `seed`.
     """
     with seeded(seed):
         for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
             layer = model.get_submodule(path)
-            if isinstance(layer, nn.Linear | nn.Conv2d):
+            if isinstance(layer, nn.Conv2d):
                 layer.reset_parameters()
+            elif isinstance(layer, nn.Linear):
+                for parameter in layer.parameters():
+                    nn.init.zeros_(parameter)
 
 
 def raise_differences(what: str, missing: list[str], unexpected: list[str], shapes: list[str]) -> None:
