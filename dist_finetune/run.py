@@ -6,12 +6,12 @@ from functools import partial
 from dist_finetune.checkpoint.resume import find_start
 from dist_finetune.checkpoint.saver import Saver
 from dist_finetune.data.encode import encode_splits
-from dist_finetune.data.tables import read_tables
+from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.finish import finish_run
 from dist_finetune.job import Job
 from dist_finetune.launchers.brought import refuse_launcher_settings
 from dist_finetune.models.sources import load_tokenizer
-from dist_finetune.plan import local_topology, plan_run
+from dist_finetune.plan import Plan, local_topology, plan_run
 from dist_finetune.plan_text import plan_lines, plan_notes
 from dist_finetune.proof import verify_frozen
 from dist_finetune.report import Reporter
@@ -22,6 +22,7 @@ from dist_finetune.stage import load_base, next_stage, open_stage
 from dist_finetune.stopping import Stopped, StopWish
 from dist_finetune.summary import Summary, load_summary, write_end, write_freeze, write_start
 from dist_finetune.training import fit
+from dist_finetune.trial import tried_micro_batch
 from dist_finetune.watchdog import Watchdog
 from dist_finetune.world import World, join_world, on_first, require_same, together
 
@@ -82,6 +83,8 @@ def _prepare(spec: Spec, world: World, report: Reporter) -> Job:
     tables = together(lambda: read_tables(spec.data, spec.train.seed))
     topology = local_topology(world.local_world_size, world.num_nodes)
     plan = together(lambda: plan_run(spec, topology, tables))
+    if spec.train.micro_batch_size == "auto" and world.device.type == "cuda":
+        plan = _tried(plan, tables, world, report)
     require_same("the plan", plan.digest(), "Give every rank the same config, data and package versions.")
     brought = together(
         lambda: refuse_launcher_settings(
@@ -98,3 +101,14 @@ def _prepare(spec: Spec, world: World, report: Reporter) -> Job:
     tokenizer = together(lambda: load_tokenizer(plan.card)) if plan.card.modality == "text" else None
     splits = together(lambda: encode_splits(plan, tables, tokenizer))
     return Job(plan, world, report, folder_of(spec), splits, tokenizer)
+
+
+def _tried(plan: Plan, tables: Tables, world: World, report: Reporter) -> Plan:
+    """The plan at a micro-batch that has run on every rank: its own, or a smaller one where memory says so."""
+    planned, rows = plan.batches.micro_batch_size, tried_micro_batch(plan, world)
+    if rows == planned:
+        return plan
+    report.notes([f"micro-batch {rows}: the planned {planned} ran out of memory when tried"])
+    train = plan.spec.train.model_copy(update={"micro_batch_size": rows})
+    spec = plan.spec.model_copy(update={"train": train})
+    return together(lambda: plan_run(spec, plan.topology, tables))
