@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 from dist_finetune.data.loading import Rows
 from dist_finetune.engine import Engine
@@ -53,12 +52,19 @@ def evaluate(
 
 
 def classification_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """loss, accuracy and macro F1 of logits (N, C) against labels (N,)."""
+    """loss, accuracy and macro F1 (over the classes that occur or are predicted) of logits (N, C), labels (N,).
+
+    The same as torchmetrics says, which a process would need six seconds to import.
+    """
     num_classes = logits.shape[1]
+    predicted = logits.argmax(1)
+    counts = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
+    right, either = counts.diagonal().double(), (counts.sum(0) + counts.sum(1)).double()
+    f1 = (2 * right / either)[either > 0]
     return {
         "loss": nn.functional.cross_entropy(logits.double(), labels).item(),
-        "accuracy": multiclass_accuracy(logits, labels, num_classes, average="micro").item(),
-        "f1": multiclass_f1_score(logits, labels, num_classes, average="macro").item(),
+        "accuracy": (right.sum() / len(labels)).item(),
+        "f1": f1.mean().item(),
     }
 
 

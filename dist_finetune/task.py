@@ -1,24 +1,30 @@
 """What a worker does with a config: train, or extract features; with `strategy: auto`, measure first."""
 
-from dist_finetune.advise.run import follow_advice
+from typing import TYPE_CHECKING
+
 from dist_finetune.errors import UserError
-from dist_finetune.features.files import FeatureSummary
-from dist_finetune.features.job import refuse_idle_settings
-from dist_finetune.features.run import compare_heads
 from dist_finetune.run import train
 from dist_finetune.run_folder import Changes
 from dist_finetune.spec import FreezeSpec, Spec
 from dist_finetune.summary import Summary
 from dist_finetune.world import join_world
 
+if TYPE_CHECKING:
+    from dist_finetune.features.files import FeatureSummary
 
-def run_task(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary | FeatureSummary:
+
+def run_task(spec: Spec, fresh: bool = False, changes: Changes = "none") -> "Summary | FeatureSummary":
     """Does, as one rank of the job it finds itself in, what `spec` asks for. Raises DistFinetuneError."""
+    # scikit-learn and matplotlib, which features and advice need, take seconds to import
     if spec.strategy == "auto":
+        from dist_finetune.advise.run import follow_advice
+
         # Joined here, the process group lasts from the probes to the end; a second one would need a new rendezvous.
         with join_world(spec.launch):
             return run_task(follow_advice(spec), fresh, changes)
     if spec.task == "features":
+        from dist_finetune.features.run import compare_heads
+
         return compare_heads(spec, fresh, changes)
     return train(spec, fresh, changes)
 
@@ -35,6 +41,8 @@ def for_planning(spec: Spec) -> Spec:
             "advice.yaml that it writes"
         )
     if spec.task == "features":
+        from dist_finetune.features.job import refuse_idle_settings
+
         refuse_idle_settings(spec)
         return spec.model_copy(update={"freeze": FreezeSpec(rule="backbone")})
     return spec

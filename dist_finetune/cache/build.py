@@ -7,7 +7,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from dist_finetune.cache.cut import Cut, NoCut, find_cut, make_tail, run_prefix
 from dist_finetune.cache.entries import META, make_room, touch
 from dist_finetune.cache.rows import CachedCollate, CachedRows
 from dist_finetune.cache.store import Layout, ShardWriter, StoredRows, layout_json
-from dist_finetune.data.images import ImageRows
 from dist_finetune.data.loading import Rows
 from dist_finetune.data.text import TextRows
 from dist_finetune.evaluate import to_device
@@ -28,6 +27,9 @@ from dist_finetune.models.sources import forward_logits
 from dist_finetune.phases import PhasePlan
 from dist_finetune.run_folder import write_json
 from dist_finetune.world import on_first, together
+
+if TYPE_CHECKING:
+    from dist_finetune.data.images import ImageRows
 
 AGREEMENT = {"fp32": 1e-4, "bf16": 3e-2}  # of logits, relative: a CNN differs by up to 3e-5 at another batch size
 PROBE_ROWS = 4
@@ -187,7 +189,7 @@ def _encoding(rows: Rows, views: int | None) -> str:
     """What the prefix reads of a split: a hash of the token numbers, or how images are transformed."""
     if isinstance(rows.dataset, TextRows):
         return hashlib.sha256(rows.dataset.input_ids.tobytes() + rows.dataset.offsets.tobytes()).hexdigest()
-    images = cast(ImageRows, rows.dataset)
+    images = cast("ImageRows", rows.dataset)
     return _hash([repr(images.image_input), rows.num_rows, images.augment and [images.seed, views]])
 
 

@@ -5,7 +5,6 @@ from functools import partial
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dist_finetune.data.images import ImageRows, collate_images
 from dist_finetune.data.loading import Rows
 from dist_finetune.data.tables import Tables
 from dist_finetune.data.text import collate_text, encode_text
@@ -37,6 +36,8 @@ def _text_rows(plan: Plan, table: Dataset, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _image_rows(plan: Plan, table: Dataset, split: str) -> Rows:
+    from dist_finetune.data.images import ImageRows, collate_images  # which take seconds to import
+
     assert plan.card.image is not None
     augment = plan.spec.data.augment and split == "train"
     encoded = ImageRows(table, plan.card.image, augment, plan.spec.train.seed)

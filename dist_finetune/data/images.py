@@ -9,7 +9,6 @@ import io
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,23 +20,13 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from dist_finetune.data.arrow import column_values
+from dist_finetune.data.image_input import ImageInput
 
 # Areas and aspect ratios of a random crop. More than half of the image on average: fine-tuning sets are small, and
 # crops of a few percent, right for hundreds of ImageNet epochs, often miss the object.
 CROP_AREA = (0.25, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 CACHE_BYTES = 2**30
-
-
-@dataclass(frozen=True)
-class ImageInput:
-    """What a model takes: pixels (H, W), the statistics to normalise by, and how its evaluation images were resized."""
-
-    size: tuple[int, int]
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    interpolation: str = "bicubic"
-    crop_fraction: float = 0.875
 
 
 def open_rgb(image: Mapping[str, Any]) -> Image.Image:

@@ -5,7 +5,6 @@ its own rows, and the running statistics are averaged over ranks after each step
 the exported model do not depend on the rank. DDP alone would copy rank 0's, ZeRO and FSDP let them part.
 """
 
-import timm.layers
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -17,9 +16,11 @@ from dist_finetune.world import sum_over_ranks
 
 def synchronise_batchnorm(model: nn.Module, manifest: Manifest) -> None:
     """Replaces every BatchNorm whose statistics move by one over all ranks, with the same parameters and buffers."""
+    from timm.layers import convert_sync_batchnorm  # which takes seconds to import
+
     for path, module in list(model.named_modules()):
         if path and isinstance(module, _BatchNorm) and _moves(path, manifest):
-            model.set_submodule(path, timm.layers.convert_sync_batchnorm(module))
+            model.set_submodule(path, convert_sync_batchnorm(module))
 
 
 def moving_statistics(model: nn.Module, manifest: Manifest) -> list[torch.Tensor]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dist_finetune.data.images import ImageInput
+from dist_finetune.data.image_input import ImageInput
 
 Source = Literal["transformers", "timm", "torchvision", "custom"]
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dist_finetune.data.images import ImageInput
+from dist_finetune.data.image_input import ImageInput
 from dist_finetune.errors import UserError, did_you_mean
 from dist_finetune.models.card import CNN_LR, TRANSFORMER_LR, ModelCard, Provenance
 from dist_finetune.models.dropout import set_dropout

@@ -1,6 +1,7 @@
 """How a model leaves: a folder that the library it came from loads without us, and `load_exported` for us."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -9,11 +10,8 @@ from dist_finetune.errors import UserError
 from dist_finetune.models import saved
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.load import load_model
-from dist_finetune.models.sources import describe_model
-from dist_finetune.models.timm_model import export_timm, timm_labels
-from dist_finetune.models.torchvision_model import torchvision_options
+from dist_finetune.models.sources import describe_model, of_source
 from dist_finetune.models.transformers_config import labels, read_config
-from dist_finetune.models.transformers_model import export_transformers
 from dist_finetune.models.weights import write_weights
 from dist_finetune.spec import ModelSpec
 
@@ -33,13 +31,16 @@ def export_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if card.source == "transformers":
-        export_transformers(card, spec, classes, state_dict, folder, tokenizer)
+        of_source("transformers", "export")(card, spec, classes, state_dict, folder, tokenizer)
     elif card.source == "timm":
-        export_timm(card, spec, classes, state_dict, folder)
+        of_source("timm", "export")(card, spec, classes, state_dict, folder)
     else:
+        options: dict[str, Any] = {"num_classes": len(classes)}
+        if card.source == "torchvision":
+            from dist_finetune.models.torchvision_model import torchvision_options
+
+            options = torchvision_options(card, len(classes))
         write_weights(state_dict, folder / saved.WEIGHTS)
-        own = {"num_classes": len(classes)}
-        options = torchvision_options(card, len(classes)) if card.source == "torchvision" else own
         saved.write_saved(card, classes, options, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -57,6 +58,8 @@ def load_exported(folder: Path, trust_remote_code: bool = False) -> tuple[nn.Mod
     if card.source == "transformers":
         classes = labels(read_config(folder, spec))
     elif card.source == "timm":
+        from dist_finetune.models.timm_model import timm_labels
+
         classes = timm_labels(folder)
     else:
         classes = tuple(saved.read_saved(folder)["classes"])

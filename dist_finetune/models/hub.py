@@ -28,6 +28,7 @@ from dist_finetune.models.weights import first_line
 CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin"]
 REACH_TIMEOUT_S = 5.0
+TIMM_HUB = "hf-hub:"  # before the id of a hub repository in timm's format
 
 
 @functools.cache

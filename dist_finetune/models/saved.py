@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dist_finetune.data.images import ImageInput
+from dist_finetune.data.image_input import ImageInput
 from dist_finetune.errors import UserError
 from dist_finetune.models.card import ModelCard
 

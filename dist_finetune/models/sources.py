@@ -1,16 +1,17 @@
 """The ways to name a model, and what follows from a name: its card, its module, its tokenizer."""
 
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dist_finetune.errors import UserError
-from dist_finetune.models import custom_model, saved, timm_model, torchvision_model, transformers_model
+from dist_finetune.models import custom_model, saved, transformers_model
 from dist_finetune.models.card import ModelCard, Source
 from dist_finetune.models.demo import (
     EFFICIENTNET,
@@ -19,24 +20,12 @@ from dist_finetune.models.demo import (
     efficientnet_file,
     minilm_folder,
 )
-from dist_finetune.models.hub import hub_folder
+from dist_finetune.models.hub import TIMM_HUB, hub_folder
 from dist_finetune.models.suggest import suggestions
-from dist_finetune.models.transformers_config import describe_transformers, read_json
+from dist_finetune.models.transformers_config import read_json
 from dist_finetune.models.weights import check_weights_option
 from dist_finetune.spec import ModelSpec
 
-DESCRIBE: dict[Source, Callable[[ModelSpec, str, int | None], ModelCard]] = {
-    "transformers": describe_transformers,
-    "timm": timm_model.describe_timm,
-    "torchvision": torchvision_model.describe_torchvision,
-    "custom": custom_model.describe_custom,
-}
-BUILD: dict[Source, Callable[[ModelCard, ModelSpec, tuple[str, ...]], nn.Module]] = {
-    "transformers": transformers_model.build_transformers,
-    "timm": timm_model.build_timm,
-    "torchvision": torchvision_model.build_torchvision,
-    "custom": custom_model.build_custom,
-}
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
@@ -50,9 +39,7 @@ def describe_model(spec: ModelSpec, data_image_size: int | None = None) -> Model
     check_weights_option(spec.weights)
     source, location = _locate(spec)
     _refuse_idle_options(spec, source, location)
-    card = DESCRIBE[source](spec, location, data_image_size)
-    if source == "transformers" and data_image_size and card.image:
-        transformers_model.check_image_size(card, spec)
+    card: ModelCard = of_source(source, "describe")(spec, location, data_image_size)
     return card
 
 
@@ -61,7 +48,16 @@ def build_model(card: ModelCard, spec: ModelSpec, classes: tuple[str, ...]) -> n
 
     `spec.dropout` is set in all its dropouts; None leaves them.
     """
-    return BUILD[card.source](card, spec, classes)
+    module: nn.Module = of_source(card.source, "build")(card, spec, classes)
+    return module
+
+
+def of_source(source: Source, verb: Literal["describe", "build", "load", "export"]) -> Callable[..., Any]:
+    """`describe_timm`, `load_custom` and so on. timm and torchvision take seconds to import, which a run pays for the
+    library that its model comes from, and for no other."""
+    module = importlib.import_module(f"dist_finetune.models.{source}_model")
+    function: Callable[..., Any] = getattr(module, f"{verb}_{source}")
+    return function
 
 
 def load_tokenizer(card: ModelCard) -> PreTrainedTokenizerBase:
@@ -102,7 +98,7 @@ def _locate(spec: ModelSpec) -> tuple[Source, str]:
         what = "is a file; write its folder" if path.is_file() else "no such folder, and no hub id"
         raise UserError(f"model.name {name}: {what}. {suggestions(name) if not path.exists() else ''}".rstrip())
     folder = hub_folder(name, spec.revision, ["config.json"])
-    return ("timm", f"{timm_model.HUB_PREFIX}{name}") if _locate_in(folder, name) == "timm" else ("transformers", name)
+    return ("timm", f"{TIMM_HUB}{name}") if _locate_in(folder, name) == "timm" else ("transformers", name)
 
 
 def _locate_in(folder: Path, name: str) -> Source:
@@ -121,7 +117,7 @@ def _locate_in(folder: Path, name: str) -> Source:
 
 def _refuse_idle_options(spec: ModelSpec, source: Source, location: str) -> None:
     local = source in ("torchvision", "custom") or spec.name.startswith("demo:") or Path(location).expanduser().is_dir()
-    if spec.revision is not None and (local or (source == "timm" and not location.startswith(timm_model.HUB_PREFIX))):
+    if spec.revision is not None and (local or (source == "timm" and not location.startswith(TIMM_HUB))):
         raise UserError(
             f"model.revision {spec.revision}: only a hub id has revisions, and {spec.name} is none; leave it out"
         )

@@ -10,12 +10,12 @@ import torch
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from dist_finetune.data.images import ImageInput
+from dist_finetune.data.image_input import ImageInput
 from dist_finetune.errors import UserError, did_you_mean, nearest
 from dist_finetune.models.card import CNN_LR, TRANSFORMER_LR, ModelCard, Provenance
 from dist_finetune.models.demo import EFFICIENTNET, efficientnet_file, efficientnet_state
 from dist_finetune.models.dropout import set_dropout
-from dist_finetune.models.hub import commit_of, fetch_url, hub_file, hub_folder
+from dist_finetune.models.hub import TIMM_HUB, commit_of, fetch_url, hub_file, hub_folder
 from dist_finetune.models.weights import (
     files_sha256,
     head_tensors,
@@ -29,7 +29,6 @@ from dist_finetune.models.weights import (
 )
 from dist_finetune.spec import ModelSpec
 
-HUB_PREFIX = "hf-hub:"
 ATTENTION_SEGMENTS = {"attn", "attention", "self_attention", "qkv"}
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
 
@@ -202,13 +201,13 @@ def _folder_config(folder: Path) -> dict[str, Any]:
 
 
 def _is_folder_like(location: str) -> bool:
-    return location.startswith(HUB_PREFIX) or Path(location).expanduser().is_dir()
+    return location.startswith(TIMM_HUB) or Path(location).expanduser().is_dir()
 
 
 def _folder(location: str, revision: str | None, weights: bool = False) -> Path | None:
     """The local folder of a location that is one, or a hub repository; None for an architecture's name."""
-    if location.startswith(HUB_PREFIX):
-        return hub_folder(location.removeprefix(HUB_PREFIX), revision, ["config.json"], weights)
+    if location.startswith(TIMM_HUB):
+        return hub_folder(location.removeprefix(TIMM_HUB), revision, ["config.json"], weights)
     return Path(location).expanduser() if _is_folder_like(location) else None
 
 

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 from torchvision.models import get_model, get_model_weights, list_models
 
-from dist_finetune.data.images import ImageInput
+from dist_finetune.data.image_input import ImageInput
 from dist_finetune.errors import UserError, did_you_mean, nearest
 from dist_finetune.models.card import CNN_LR, TRANSFORMER_LR, ModelCard, Provenance
 from dist_finetune.models.dropout import set_dropout

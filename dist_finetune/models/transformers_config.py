@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from dist_finetune.data.images import ImageInput
+from dist_finetune.data.image_input import ImageInput
 from dist_finetune.errors import UserError, did_you_mean
 from dist_finetune.models.card import CNN_LR, TRANSFORMER_LR, ModelCard
 from dist_finetune.models.dropout import set_config_dropout
@@ -30,7 +30,7 @@ RESAMPLING = {2: "bilinear", 3: "bicubic"}
 UNLIMITED = 1_000_000
 
 
-def describe_transformers(spec: ModelSpec, location: str, data_image_size: int | None) -> ModelCard:
+def card_from_config(spec: ModelSpec, location: str, data_image_size: int | None) -> ModelCard:
     """The card of a hub model or local folder, from its configs alone. Raises UserError where it can't classify."""
     folder = source_folder(location, spec.revision, spec.trust_remote_code)
     config = read_config(folder, spec)

@@ -24,6 +24,7 @@ from dist_finetune.models.card import ModelCard, Provenance
 from dist_finetune.models.dropout import set_dropout
 from dist_finetune.models.hub import WEIGHT_FILES, commit_of, has_weights
 from dist_finetune.models.transformers_config import (
+    card_from_config,
     classifier_config,
     height_width,
     labels,
@@ -45,6 +46,14 @@ from dist_finetune.models.weights import (
 from dist_finetune.spec import ModelSpec
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "tokenizer_config.json")
+
+
+def describe_transformers(spec: ModelSpec, location: str, data_image_size: int | None) -> ModelCard:
+    """The card of a transformers model, checked against the image size that the data section asks for."""
+    card = card_from_config(spec, location, data_image_size)
+    if data_image_size and card.image:
+        check_image_size(card, spec)
+    return card
 
 
 def build_transformers(card: ModelCard, spec: ModelSpec, classes: tuple[str, ...]) -> nn.Module:
