@@ -98,7 +98,11 @@ def shard(
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            wrapped, prepared = accelerator.prepare(model, optimizer)
+            if plan.strategy == "ddp" and world.world_size == 1:
+                # Accelerate would put DDP, and with it a second copy of all gradients, around the model of one process
+                wrapped, prepared = model, accelerator.prepare(optimizer)
+            else:
+                wrapped, prepared = accelerator.prepare(model, optimizer)
         if plan.strategy == "ddp":
             engine = DdpEngine(wrapped, model, prepared, plan, accelerator)
         else:

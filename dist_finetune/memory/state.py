@@ -180,7 +180,7 @@ def _zero_1_or_2(
         communication += own_gradients if accumulates else 0  # the next micro-batch's, before they are added
         update = in_update
     else:
-        gradients, communication = layout.trainable * FP32_BYTES, 0
+        gradients, communication = layout.trainable * FP32_BYTES, staged
         update = bucket + staged + own_gradients + in_update
     return StateBytes(
         trainable_weights=aligned * FP32_BYTES,
@@ -205,6 +205,7 @@ def _zero3(layout: Layout, world_size: int, zero: Mapping[str, Any], accumulates
     bucket = int(zero["reduce_bucket_size"])
     in_bf16, total = layout.num_reduced_in_bf16, layout.trainable
     buckets = bucket * ((FP32_BYTES if in_bf16 < total else 0) + (BF16_BYTES if in_bf16 else 0))
+    staged = min(bucket, total) * FP32_BYTES  # whole gradients, until they are in a bucket
     return StateBytes(
         trainable_weights=share,
         frozen_weights=frozen,
@@ -212,7 +213,7 @@ def _zero3(layout: Layout, world_size: int, zero: Mapping[str, Any], accumulates
         optimizer=ADAM_MOMENTS * share + STEP_COUNT_BYTES * len(layout.groups),
         masters=share,
         buffers=layout.buffer_bytes,
-        communication=buckets + gathered_elements(layout, zero) * FP32_BYTES,
+        communication=buckets + staged + gathered_elements(layout, zero) * FP32_BYTES,
         update=buckets + max(shares) * FP32_BYTES,
         padding=share - total * FP32_BYTES // world_size + frozen - layout.frozen_bytes // world_size,
     )
