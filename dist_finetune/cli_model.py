@@ -18,7 +18,7 @@ def evaluate(
     run: RunFolder,
     data: Annotated[
         str | None,
-        typer.Argument(metavar="[DATA]", help="As data.validation; left out: the run's test rows, else validation."),
+        typer.Argument(metavar="DATA", help="As data.validation; left out: the run's test rows, else validation."),
     ] = None,
     split: Annotated[
         Literal["validation", "test"] | None, typer.Option(help="A split of the run instead of DATA.")

@@ -68,8 +68,9 @@ def export_onnx(run: SavedRun, folder: Path) -> tuple[str, ...]:
                 verbose=False,
             )
     except Exception as error:
-        # The exporter passes on whatever the model's own code raises.
-        raise UserError(f"torch.onnx can't export {run.folder / 'model'}: {first_line(error)}") from error
+        # The exporter passes on whatever the model's own code raises, wrapped in advice for who wrote that code.
+        reason = first_line(error.__cause__ or error)
+        raise UserError(f"--to onnx: torch.onnx can't export {run.folder / 'model'}: {reason}") from error
     assert program is not None
     folder.mkdir(parents=True, exist_ok=True)
     program.save(folder / "model.onnx")
