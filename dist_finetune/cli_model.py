@@ -26,7 +26,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure a run's model on its own held-out rows, or on others with the same columns and classes."""
-    from dist_finetune.inference import evaluate_run
+    from dist_finetune.inference.evaluate import evaluate_run
 
     found = evaluate_run(run, data, split)
     if found.is_first:
@@ -49,8 +49,7 @@ def predict(
     ] = None,
 ) -> None:
     """Give each row or image of FILE a class and the probability of every class, in the order of the input."""
-    from dist_finetune.inference import predict_file
-    from dist_finetune.inference.predict import save_predictions, write_predictions
+    from dist_finetune.inference.predict import predict_file, save_predictions, write_predictions
 
     header = tuple(columns.split(",")) if columns else None
     found = predict_file(run, file, header, id_column)
@@ -66,7 +65,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="A new folder to write to.", show_default=False)] = None,
 ) -> None:
     """Write a run's model for transformers, timm or ONNX Runtime; a format that doesn't suit it is refused."""
-    from dist_finetune.inference import export_run
+    from dist_finetune.inference.export import export_run
 
     made = export_run(run, to, out)
     typer.echo("\n".join([f"{made.folder}", f"load it with {made.how_to_load}", *made.notes]))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from dist_finetune.errors import UserError
-from dist_finetune.inference.onnx import export_onnx, require_onnx
 from dist_finetune.inference.saved_run import find_model, open_run
 from dist_finetune.models import saved
 from dist_finetune.models.card import ModelCard, Source
@@ -55,6 +54,11 @@ def export_run(run: Path, to: Format, out: Path | None = None) -> Exported:
 
 
 def _onnx(run: Path, out: Path | None) -> Exported:
+    from dist_finetune.inference.onnx import (
+        export_onnx,
+        require_onnx,
+    )  # with torch's exporter, which the rest can spare
+
     require_onnx()
     folder = out or run / "onnx"
     if out is None and folder.exists():

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_finetune.data.columns import Columns
 from dist_finetune.data.encode import encode_table
-from dist_finetune.data.images import ImageInput
+from dist_finetune.data.image_input import ImageInput
 from dist_finetune.data.loading import Rows
 from dist_finetune.engine.base import Inputs
 from dist_finetune.engine.precision import autocast_in

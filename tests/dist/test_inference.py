@@ -12,7 +12,9 @@ from material import NUM_VALIDATION, Material
 from safetensors.torch import load_file
 
 from dist_finetune import load_spec, train
-from dist_finetune.inference import evaluate_run, export_run, predict_file
+from dist_finetune.inference.evaluate import evaluate_run
+from dist_finetune.inference.export import export_run
+from dist_finetune.inference.predict import predict_file
 
 pytestmark = pytest.mark.dist
 

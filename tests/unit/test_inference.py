@@ -27,7 +27,11 @@ from dist_finetune.cli import main
 from dist_finetune.data.images import evaluation_pixels, normalised
 from dist_finetune.data.tables import read_tables
 from dist_finetune.errors import UserError
-from dist_finetune.inference import evaluate_run, export_run, open_run, predict, predict_file
+from dist_finetune.inference import predict
+from dist_finetune.inference.evaluate import evaluate_run
+from dist_finetune.inference.export import export_run
+from dist_finetune.inference.predict import predict_file
+from dist_finetune.inference.saved_run import open_run
 from dist_finetune.models.export import export_model
 from dist_finetune.models.load import load_model
 from dist_finetune.models.sources import load_tokenizer
