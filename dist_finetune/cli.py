@@ -4,15 +4,14 @@ import json
 import os
 import re
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dist_finetune import __version__
+from dist_finetune import __version__, cli_model
 from dist_finetune.errors import DistFinetuneError, PlanError, UserError
 from dist_finetune.launchers.brought import brought_settings
 from dist_finetune.launchers.environment import refuse_run_in_many
@@ -34,6 +33,10 @@ Config = Annotated[str, typer.Argument(metavar="CONFIG", help="The config file (
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Overrides by dotted key, such as train.lr=3e-5.", show_default=False),
+]
+Gpus = Annotated[int | None, typer.Option(help="Use so many GPUs; left out: all visible ones.")]
+Processes = Annotated[
+    int | None, typer.Option(help="Start so many processes; with GPUs each has one, without any the default is 1.")
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; a run folder of the same name is kept aside.")]
 
@@ -97,10 +100,8 @@ def run(
     context: typer.Context,
     config: Config,
     overrides: Overrides = None,
-    gpus: Annotated[int | None, typer.Option(help="Use so many GPUs; left out: all visible ones.")] = None,
-    processes: Annotated[
-        int | None, typer.Option(help="Start so many processes; with GPUs each has one, without any the default is 1.")
-    ] = None,
+    gpus: Gpus = None,
+    processes: Processes = None,
     fresh: Fresh = False,
 ) -> None:
     """Train on this machine: all visible GPUs, or CPU processes where there are none."""
@@ -114,10 +115,8 @@ def run(
 def resume(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)],
     overrides: Overrides = None,
-    gpus: Annotated[int | None, typer.Option(help="Use so many GPUs; left out: all visible ones.")] = None,
-    processes: Annotated[
-        int | None, typer.Option(help="Start so many processes; with GPUs each has one, without any the default is 1.")
-    ] = None,
+    gpus: Gpus = None,
+    processes: Processes = None,
     allow: Annotated[bool, typer.Option("--allow", help="Also accept other epochs or learning rates.")] = False,
 ) -> None:
     """Go on from a run's newest good checkpoint, with any strategy and any number of processes."""
@@ -155,16 +154,6 @@ def selfcheck(
     found = check_config(config, overrides or (), gpus, processes, steps)
     typer.echo(found.lines())
     raise typer.Exit(0 if found.parted is None else 1)
-
-
-@app.command()
-def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", show_default=False)]) -> None:
-    """Check files and hashes of a run's checkpoints (or of one), and say what could be resumed."""
-    from dist_finetune.checkpoint.verify import verify_path
-
-    lines, is_good = verify_path(path)
-    typer.echo("\n".join(lines))
-    raise typer.Exit(0 if is_good else 1)
 
 
 def _launch(
@@ -214,10 +203,8 @@ def train(
 def features(
     config: Config,
     overrides: Overrides = None,
-    gpus: Annotated[int | None, typer.Option(help="Use so many GPUs; left out: all visible ones.")] = None,
-    processes: Annotated[
-        int | None, typer.Option(help="Start so many processes; with GPUs each has one, without any the default is 1.")
-    ] = None,
+    gpus: Gpus = None,
+    processes: Processes = None,
     fresh: Fresh = False,
 ) -> None:
     """Extract features at several depths and compare softmax and SVM heads on them; no layer is trained."""
@@ -269,7 +256,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=1))
     else:
-        _show(render_plan(planned, params=params))
+        cli_model.show(render_plan(planned, params=params))
     if planned.misfit:
         raise PlanError(planned.misfit)
 
@@ -329,40 +316,6 @@ def doctor(
 
 
 @app.command()
-def inspect(model: Annotated[str, typer.Argument(metavar="MODEL", help="As model.name in a config.")]) -> None:
-    """Show a model's structure as freeze rules name it: embeddings or stem, numbered blocks, head, tied tensors."""
-    import torch
-
-    from dist_finetune.models.sources import build_model, describe_model
-    from dist_finetune.models.structure import render_structure, structure_of
-    from dist_finetune.spec import ModelSpec
-
-    spec = ModelSpec(name=model)
-    card = describe_model(spec)
-    with torch.device("meta"):
-        built = build_model(card, spec, ("0", "1"))
-    _show(render_structure(structure_of(built)))
-
-
-@app.command()
-def cache(
-    action: Annotated[Literal["ls", "clear"], typer.Argument(metavar="ls|clear", show_default=False)],
-    folder: Annotated[Path, typer.Option(help="The cache's folder, as cache.folder in a config.")] = Path(
-        "runs/.cache"
-    ),
-) -> None:
-    """List or delete stored activations of frozen prefixes."""
-    from dist_finetune.cache.entries import clear, list_entries
-
-    if action == "clear":
-        typer.echo(f"{clear(folder) / 2**20:,.1f} MiB freed in {folder}")
-        return
-    for entry in list_entries(folder):
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        typer.echo(f"{entry.key}  {entry.num_bytes / 2**20:>10,.1f} MiB  used {used}  {entry.source}")
-
-
-@app.command()
 def schema() -> None:
     """Print the JSON Schema of the config, for completion in an editor."""
     from dist_finetune.spec import Spec
@@ -373,21 +326,22 @@ def schema() -> None:
     typer.echo(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **content}, indent=2))
 
 
+for command in (
+    cli_model.evaluate,
+    cli_model.predict,
+    cli_model.export,
+    cli_model.verify,
+    cli_model.inspect,
+    cli_model.cache,
+):
+    app.command()(command)
+
+
 def _load(config: str, overrides: Sequence[str] | None) -> "Spec":
     # Building the models of the config takes half of what `--help` may take.
     from dist_finetune.spec_file import load_spec
 
     return load_spec(config, overrides or ())
-
-
-def _show(rendered: Any) -> None:
-    """Plain text as it is; anything else as rich draws it on this terminal."""
-    if isinstance(rendered, str):
-        typer.echo(rendered)
-    else:
-        from rich.console import Console
-
-        Console().print(rendered)
 
 
 def _parse_bytes(text: str) -> int:

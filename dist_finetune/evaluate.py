@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dist_finetune.data.loading import Rows
-from dist_finetune.engine import Engine
+from dist_finetune.engine import Predictor
 from dist_finetune.errors import TrainingError
 from dist_finetune.world import World, gather_objects
 
@@ -24,31 +24,38 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Engine, rows: Rows, batch_size: int, world: World, between: Callable[[], object] = lambda: None
+    model: Predictor, rows: Rows, batch_size: int, world: World, between: Callable[[], object] = lambda: None
 ) -> Evaluation:
     """Runs the model over `rows`, each row on one rank, and returns the same result on every rank. Collective.
 
     Calls `between` before each batch, as often on every rank; it may raise to end the evaluation.
     """
-    engine.module.eval()
-    batches = rows.evaluation_batches(batch_size, world)
-    loader = DataLoader(rows.dataset, batch_sampler=[b.ids.tolist() for b in batches], collate_fn=rows.collate)
-    logits, labels, ids = [], [], []
-    for micro, batch in zip(batches, loader, strict=True):
-        between()
-        out = engine.predict(to_device(batch["inputs"], world.device)).cpu()
-        if not micro.is_filler:
-            logits.append(out)
-            labels.append(batch["labels"])
-            ids.append(torch.from_numpy(micro.ids))
-    mine = tuple(torch.cat(parts) for parts in (ids, logits, labels)) if ids else None
-    gathered = [part for part in gather_objects(mine) if part is not None]
+    gathered = [part for part in gather_objects(predict_share(model, rows, batch_size, world, between)) if part]
     order, all_logits, all_labels = (torch.cat(parts) for parts in zip(*gathered, strict=True))
     if not torch.equal(order.sort().values, torch.arange(rows.num_rows)):
         raise TrainingError(f"evaluation saw {len(order)} rows instead of each of {rows.num_rows} once")
     back = order.argsort()
     all_logits, all_labels = all_logits[back], all_labels[back]
     return Evaluation(all_logits, all_labels, classification_metrics(all_logits, all_labels))
+
+
+def predict_share(
+    model: Predictor, rows: Rows, batch_size: int, world: World, between: Callable[[], object] = lambda: None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Numbers (M,), logits (M, num_classes) and labels (M,) of the rows that fall to this rank, in the order of its
+    batches; None where there are none. All ranks run as many batches."""
+    model.module.eval()
+    batches = rows.evaluation_batches(batch_size, world)
+    loader = DataLoader(rows.dataset, batch_sampler=[b.ids.tolist() for b in batches], collate_fn=rows.collate)
+    logits, labels, ids = [], [], []
+    for micro, batch in zip(batches, loader, strict=True):
+        between()
+        out = model.predict(to_device(batch["inputs"], world.device)).cpu()
+        if not micro.is_filler:
+            logits.append(out)
+            labels.append(batch["labels"])
+            ids.append(torch.from_numpy(micro.ids))
+    return (torch.cat(ids), torch.cat(logits), torch.cat(labels)) if ids else None
 
 
 def classification_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:

@@ -26,9 +26,10 @@ ALLOWED_KEYS = (
 )  # fmt: skip
 STOP_FILE = "STOP"  # a user makes it to end a run with a checkpoint
 METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"  # what `evaluate` found, a line each
 JOB_SCRIPT = "job.sbatch"
 LOGS = "logs"  # the launcher's copies of what each rank printed
-STARTED_OVER = (METRICS, "wandb.json", "freeze.json")  # made anew where a run starts from its first step
+STARTED_OVER = (METRICS, EVALUATIONS, "wandb.json", "freeze.json")  # made anew where a run starts from its first step
 PACKAGES = (
     "torch",
     "torchvision",

@@ -1,44 +1,61 @@
 """From tables to the encoded rows of each split, as the plan says."""
 
 from functools import partial
+from typing import Literal
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from dist_finetune.data.image_input import ImageInput
 from dist_finetune.data.loading import Rows
 from dist_finetune.data.tables import Tables
 from dist_finetune.data.text import collate_text, encode_text
-from dist_finetune.plan import Plan
+from dist_finetune.plan import DataPlan, Plan
 
 
 def encode_splits(plan: Plan, tables: Tables, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Rows]:
     """Rows of "train", "validation" and, where there is one, "test". A tokenizer is needed for text only."""
     splits = {"train": tables.train, "validation": tables.validation, "test": tables.test}
-    rows = {}
-    for name, table in splits.items():
-        if table is not None:
-            rows[name] = _image_rows(plan, table, name) if tokenizer is None else _text_rows(plan, table, tokenizer)
-    return rows
+    seed = plan.spec.train.seed if plan.spec.data.augment else None
+    return {
+        name: encode_table(
+            table, plan.data, plan.card.image, plan.topology.device, tokenizer, seed if name == "train" else None
+        )
+        for name, table in splits.items()
+        if table is not None
+    }
 
 
-def _text_rows(plan: Plan, table: Dataset, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    max_length = plan.data.max_length or tokenizer.model_max_length
+def encode_table(
+    table: Dataset,
+    data: DataPlan,
+    image: ImageInput | None,
+    device: Literal["cpu", "cuda"],
+    tokenizer: PreTrainedTokenizerBase | None,
+    augment_seed: int | None = None,
+) -> Rows:
+    """Rows of one table as tokens, or for a model that takes `image`s; augmented where a seed is given."""
+    if tokenizer is not None:
+        return _text_rows(table, data, device, tokenizer)
+    from dist_finetune.data.images import ImageRows, collate_images  # which take seconds to import
+
+    assert image is not None
+    augment = augment_seed is not None
+    encoded = ImageRows(table, image, augment, augment_seed or 0)
+    return Rows(encoded, collate_images, None, pass_epoch=augment, num_workers=data.num_workers)
+
+
+def _text_rows(
+    table: Dataset, data: DataPlan, device: Literal["cpu", "cuda"], tokenizer: PreTrainedTokenizerBase
+) -> Rows:
+    max_length = data.max_length or tokenizer.model_max_length
     encoded = encode_text(table, tokenizer, max_length)
     pad_token_id = tokenizer.pad_token_id
     collate = partial(
         collate_text,
         pad_token_id=pad_token_id if isinstance(pad_token_id, int) else 0,
-        multiple_of=8 if plan.topology.device == "cuda" else 1,  # tensor cores want multiples of 8, a CPU does not
+        multiple_of=8 if device == "cuda" else 1,  # tensor cores want multiples of 8, a CPU does not
         max_length=max_length,
         padding_side="left" if tokenizer.padding_side == "left" else "right",
     )
-    return Rows(encoded, collate, encoded.lengths, num_workers=plan.data.num_workers)
-
-
-def _image_rows(plan: Plan, table: Dataset, split: str) -> Rows:
-    from dist_finetune.data.images import ImageRows, collate_images  # which take seconds to import
-
-    assert plan.card.image is not None
-    augment = plan.spec.data.augment and split == "train"
-    encoded = ImageRows(table, plan.card.image, augment, plan.spec.train.seed)
-    return Rows(encoded, collate_images, None, pass_epoch=augment, num_workers=plan.data.num_workers)
+    return Rows(encoded, collate, encoded.lengths, num_workers=data.num_workers)

@@ -7,7 +7,8 @@ rows from 1, the header aside.
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ def read_file(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
     Raises UserError for a suffix that isn't known, an empty file, and a malformed row (named).
     """
+    return next(read_pieces(path, columns))
+
+
+def read_pieces(path: Path, columns: Sequence[str] | None = None, num_rows: int | None = None) -> Iterator[pa.Table]:
+    """As `read_file`, in tables of up to `num_rows` rows (None: one of all), each read when it is asked for.
+
+    Only a .json file, which may be one list, is read as a whole all the same.
+    """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UserError(f"{path}: can't read files of kind {suffix or 'no suffix'!r}. Valid: {', '.join(SUFFIXES)}.")
@@ -40,38 +49,68 @@ def read_file(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         raise UserError(f"{path}: the file is empty")
     try:
         if suffix in DELIMITERS:
-            return _read_delimited(path, DELIMITERS[suffix], columns)
-        if suffix in (".json", ".jsonl"):
-            return _read_json(path)
-        return _read_parquet(path) if suffix == ".parquet" else _read_arrow(path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8 text; save the file as UTF-8") from None
+            yield from _delimited_pieces(path, DELIMITERS[suffix], columns, num_rows)
+        elif suffix == ".jsonl":
+            yield from _object_pieces(path, _lines(path), num_rows)
+        elif suffix == ".json":
+            yield from _json_pieces(path, num_rows)
+        else:
+            yield from _parquet_pieces(path, num_rows) if suffix == ".parquet" else _arrow_pieces(path, num_rows)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: not a readable {suffix} file: {str(error).splitlines()[0]}") from None
 
 
-def _read_delimited(path: Path, delimiter: str, columns: Sequence[str] | None) -> pa.Table:
-    text = path.read_bytes().decode("utf-8-sig")
-    if delimiter == "," or _quotes_are_consistent(text):
-        rows = _quoted_rows(path, text, delimiter)
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file with their ends; only a line feed ends one."""
+    start = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                yield line.decode("utf-8" if start else "utf-8-sig")
+            except UnicodeDecodeError as error:
+                byte = start + error.start
+                raise UserError(f"{path}: byte {byte} is not UTF-8 text; save the file as UTF-8") from None
+            start += len(line)
+
+
+def _delimited_pieces(
+    path: Path, delimiter: str, columns: Sequence[str] | None, num_rows: int | None
+) -> Iterator[pa.Table]:
+    rows: Iterator[list[str]]
+    if delimiter == "," or _quotes_are_consistent(_lines(path)):
+        rows = _quoted_rows(path, delimiter)
     else:
         # Bare quotes, as in `"The Office" is back<TAB>1`: read as quoting, they would swallow whole lines.
-        rows = (line.removesuffix("\r").split(delimiter) for line in text.split("\n"))
-    return _rectangular(path, delimiter, rows, columns)
+        rows = (_without_end(line).split(delimiter) for line in _lines(path))
+    rows = (row for row in rows if row and row != [""])
+    names = list(columns) if columns else next(rows, [])
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(f"{path}: two columns are called {repeated[0]!r}; the header has {', '.join(names)}")
+    first = 1
+    while piece := list(islice(rows, num_rows)):
+        yield _rectangular(path, delimiter, piece, names, first, "data.columns" if columns else "the header")
+        first += len(piece)
+    if first == 1:
+        raise UserError(f"{path}: no rows" + ("" if columns else " under the header line"))
 
 
-def _quotes_are_consistent(text: str) -> bool:
+def _without_end(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
+
+
+def _quotes_are_consistent(lines: Iterable[str]) -> bool:
     """Whether every tab-separated field of every line that opens with a quote is a properly quoted one."""
-    if '"' not in text:
-        return False  # plain splitting gives the same, several times faster
-    lines = (line.removesuffix("\r") for line in text.split("\n"))
-    return all(_FIELD.fullmatch(field) for line in lines if '"' in line for field in line.split("\t"))
+    fields = (field for line in lines if '"' in line for field in _without_end(line).split("\t"))
+    first = next(fields, None)
+    # Without any quote, plain splitting gives the same, several times faster.
+    return first is not None and all(_FIELD.fullmatch(field) for field in chain([first], fields))
 
 
-def _quoted_rows(path: Path, text: str, delimiter: str) -> Iterator[list[str]]:
+def _quoted_rows(path: Path, delimiter: str) -> Iterator[list[str]]:
     limit = csv.field_size_limit(MAX_FIELD_CHARS)
     # Lines keep their ends, so that a line break inside a quoted field comes through unchanged.
-    reader = csv.reader(re.findall(r"[^\n]*\n|[^\n]+", text), delimiter=delimiter, strict=True)
+    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
     try:
         yield from reader
     except csv.Error as error:
@@ -83,103 +122,119 @@ def _quoted_rows(path: Path, text: str, delimiter: str) -> Iterator[list[str]]:
         csv.field_size_limit(limit)
 
 
-def _rectangular(path: Path, delimiter: str, rows: Iterator[list[str]], columns: Sequence[str] | None) -> pa.Table:
-    table = [row for row in rows if row and row != [""]]
-    names = list(columns) if columns else (table.pop(0) if table else [])
-    if not names or not table:
-        raise UserError(f"{path}: no rows" + ("" if columns else " under the header line"))
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(f"{path}: two columns are called {repeated[0]!r}; the header has {', '.join(names)}")
-    ragged = [(i, len(row)) for i, row in enumerate(table, 1) if len(row) != len(names)]
+def _rectangular(
+    path: Path, delimiter: str, rows: list[list[str]], names: Sequence[str], first: int, source: str
+) -> pa.Table:
+    """The rows as columns of text; the first has the number `first`."""
+    ragged = [(i, row) for i, row in enumerate(rows, first) if len(row) != len(names)]
     if ragged:
-        number, count = ragged[0]
+        number, row = ragged[0]
         more = f" ({len(ragged)} such rows)" if len(ragged) > 1 else ""
-        source = "data.columns" if columns else "the header"
         raise UserError(
-            f"{path}: row {number} has {count} columns, {source} has {len(names)}{more}: {table[number - 1]!r:.200}. "
+            f"{path}: row {number} has {len(row)} columns, {source} has {len(names)}{more}: {row!r:.200}. "
             f"{'A tab' if delimiter == chr(9) else 'A comma'} separates columns; a field that holds one must be quoted"
         )
-    return pa.table([pa.array(column, pa.string()) for column in zip(*table, strict=True)], names=names)
+    return pa.table([pa.array(column, pa.string()) for column in zip(*rows, strict=True)], names=names)
 
 
-def _read_json(path: Path) -> pa.Table:
+def _json_pieces(path: Path, num_rows: int | None) -> Iterator[pa.Table]:
     """One object a line, a list of objects, or an object of equally long columns."""
-    text = path.read_bytes().decode("utf-8-sig")
-    if not text.strip():
+    text = "".join(_lines(path))
+    try:
+        whole = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data" or error.lineno == 1:
+            raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
+        yield from _object_pieces(path, text.split("\n"), num_rows)
+        return
+    if isinstance(whole, list):
+        yield from _slices(path, _from_objects(path, whole), num_rows)
+    elif isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
+        yield from _slices(path, _from_columns(path, whole), num_rows)
+    elif "\n" in text.strip() or not isinstance(whole, dict):
+        raise UserError(
+            f"{path}: neither a list of objects nor one of columns; write [{{...}}, ...] or one object a line"
+        )
+    else:
+        yield _from_objects(path, [whole])
+
+
+def _object_pieces(path: Path, lines: Iterable[str], num_rows: int | None) -> Iterator[pa.Table]:
+    objects = _objects(path, lines)
+    first = 1
+    while piece := list(islice(objects, num_rows)):
+        yield _from_objects(path, piece, first)
+        first += len(piece)
+    if first == 1:
         raise UserError(f"{path}: no rows")
-    if path.suffix.lower() == ".json":
-        try:
-            whole = json.loads(text)
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data" or error.lineno == 1:  # several objects are lines, which are tried below
-                raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
-        else:
-            if isinstance(whole, list):
-                return _from_objects(path, whole)
-            if isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
-                return _from_columns(path, whole)
-            if "\n" in text.strip() or not isinstance(whole, dict):
-                raise UserError(
-                    f"{path}: neither a list of objects nor one of columns; write [{{...}}, ...] or one object a line"
-                )
-    objects = []
-    for number, line in enumerate(text.split("\n"), 1):
+
+
+def _objects(path: Path, lines: Iterable[str]) -> Iterator[Any]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                objects.append(json.loads(line))
+                yield json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}:{number}:{error.colno}: not valid JSON: {error.msg}: {line!r:.120}") from None
-    return _from_objects(path, objects)
 
 
-def _from_objects(path: Path, objects: Sequence[Any]) -> pa.Table:
-    wrong = next((i for i, item in enumerate(objects, 1) if not isinstance(item, dict)), None)
+def _from_objects(path: Path, objects: Sequence[Any], first: int = 1) -> pa.Table:
+    """The objects as columns; the first is row number `first`."""
+    wrong = next((i for i, item in enumerate(objects) if not isinstance(item, dict)), None)
     if wrong is not None:
-        raise UserError(f"{path}: row {wrong} is not an object of columns: {objects[wrong - 1]!r:.120}")
+        raise UserError(f"{path}: row {first + wrong} is not an object of columns: {objects[wrong]!r:.120}")
     names = list(dict.fromkeys(name for item in objects for name in item))
-    return _from_columns(path, {name: [item.get(name) for item in objects] for name in names})
+    return _from_columns(path, {name: [item.get(name) for item in objects] for name in names}, first)
 
 
-def _from_columns(path: Path, columns: dict[str, list[Any]]) -> pa.Table:
+def _from_columns(path: Path, columns: dict[str, list[Any]], first: int = 1) -> pa.Table:
     lengths = {name: len(column) for name, column in columns.items()}
     if not lengths or max(lengths.values()) == 0:
         raise UserError(f"{path}: no rows")
     if len(set(lengths.values())) > 1:
         raise UserError(f"{path}: columns of different lengths: {', '.join(f'{k} {v}' for k, v in lengths.items())}")
-    return pa.table({name: _typed(path, name, column) for name, column in columns.items()})
+    return pa.table({name: _typed(path, name, column, first) for name, column in columns.items()})
 
 
-def _typed(path: Path, name: str, column: list[Any]) -> pa.Array:
+def _typed(path: Path, name: str, column: list[Any], first: int) -> pa.Array:
     try:
         return pa.array(column)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
-        first = next(value for value in column if value is not None)
-        odd = next((i for i, v in enumerate(column, 1) if v is not None and type(v) is not type(first)), 1)
+        usual = next(value for value in column if value is not None)
+        odd = next((i for i, v in enumerate(column) if v is not None and type(v) is not type(usual)), 0)
         raise UserError(
-            f"{path}: column {name!r} mixes kinds of values: row {odd} holds {column[odd - 1]!r:.80}, "
-            f"earlier rows such as {first!r:.80}"
+            f"{path}: column {name!r} mixes kinds of values: row {first + odd} holds {column[odd]!r:.80}, "
+            f"earlier rows such as {usual!r:.80}"
         ) from None
 
 
-def _read_parquet(path: Path) -> pa.Table:
-    return _with_rows(path, pyarrow.parquet.read_table(path))
+def _parquet_pieces(path: Path, num_rows: int | None) -> Iterator[pa.Table]:
+    if num_rows is None:
+        yield from _slices(path, pyarrow.parquet.read_table(path), None)
+        return
+    with pyarrow.parquet.ParquetFile(path) as file:
+        if file.metadata.num_rows == 0:
+            raise UserError(f"{path}: no rows")
+        for batch in file.iter_batches(num_rows):
+            yield pa.Table.from_batches([batch])
 
 
-def _read_arrow(path: Path) -> pa.Table:
+def _arrow_pieces(path: Path, num_rows: int | None) -> Iterator[pa.Table]:
     """Both of Arrow's formats: the stream that `datasets` writes, and the random-access file."""
     source = pa.memory_map(str(path))
     try:
         table = pa.ipc.open_stream(source).read_all()
     except pa.ArrowInvalid:
         table = pa.ipc.open_file(source).read_all()
-    return _with_rows(path, table)
+    yield from _slices(path, table, num_rows)
 
 
-def _with_rows(path: Path, table: pa.Table) -> pa.Table:
+def _slices(path: Path, table: pa.Table, num_rows: int | None) -> Iterator[pa.Table]:
     if table.num_rows == 0:
         raise UserError(f"{path}: no rows")
-    return table
+    size = num_rows or table.num_rows
+    for start in range(0, table.num_rows, size):
+        yield table.slice(start, size)
 
 
 def missing_path(path: Path, key: str) -> UserError:

@@ -1,4 +1,5 @@
 """What `data.train`, `data.validation` and `data.test` can name, each read into one table that knows its files.
+So can the DATA of a command: its role is "DATA".
 
 Kinds: files, a folder of class folders, a folder that `datasets` saved, `builtin:NAME`, and a hub id. A hub id may
 carry a config and a split, `nyu-mll/glue:sst2[validation]`; a saved folder may carry a split.
@@ -7,7 +8,7 @@ carry a config and a split, `nyu-mll/glue:sst2[validation]`; a saved folder may 
 import glob
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -22,7 +23,8 @@ from dist_finetune.data.hub import load_from_hub
 from dist_finetune.errors import UserError, did_you_mean
 
 # Splits that a role takes when none is named, best first.
-ROLE_SPLITS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev", "test"), "test": ("test",)}
+HELD_OUT = ("validation", "val", "valid", "dev", "test")
+ROLE_SPLITS = {"train": ("train",), "validation": HELD_OUT, "test": ("test",), "DATA": HELD_OUT}
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "dev", "test"}
 MAX_PLACES = 8  # rows a message names
 IGNORED_FILES = {"thumbs.db", "desktop.ini"}
@@ -33,10 +35,12 @@ _SAVED = re.compile(r"(?P<folder>.+?)(?:\[(?P<split>[\w.+-]+)\])?")
 
 @dataclass(frozen=True)
 class Source:
-    """One split as read. `files` lists (name, rows) in order, so that a row number can be told as file and row."""
+    """One split as read. `files` lists (name, rows) in order, so that a row number can be told as file and row; of a
+    piece of one file, its first row has the number `first_row`."""
 
     table: Dataset
     files: tuple[tuple[str, int], ...]
+    first_row: int = 1
 
     @property
     def names(self) -> str:
@@ -51,7 +55,7 @@ class Source:
         for name, num_rows in self.files:
             for row in rows[:MAX_PLACES]:
                 if start <= row < start + num_rows:
-                    parts.append(f"{'' if told == name else name + ' '}row {row - start + 1}")
+                    parts.append(f"{'' if told == name else name + ' '}row {row - start + self.first_row}")
                     told = name
             start += num_rows
         more = f" and {len(rows) - MAX_PLACES} more" if len(rows) > MAX_PLACES else ""
@@ -59,11 +63,11 @@ class Source:
 
 
 def read_source(items: Sequence[str], role: str, columns: Sequence[str] | None = None) -> Source:
-    """The rows of all `items` of `data.<role>` (train, validation or test), in order.
+    """The rows of all `items` of `data.<role>` (train, validation or test) or of a command's DATA, in order.
 
     Raises UserError where something is missing, empty or malformed, or where items have different columns.
     """
-    key = f"data.{role}"
+    key = key_of(role)
     names = [path for item in items for path in _expand(item, key)]
     if not names:
         raise UserError(f"{key} is empty; name a file, a folder, a hub id or builtin:NAME")
@@ -84,8 +88,20 @@ def read_source(items: Sequence[str], role: str, columns: Sequence[str] | None =
     return Source(table, tuple(file for source in sources for file in source.files))
 
 
+def key_of(role: str) -> str:
+    """What messages call a role: the config's key, or a command's argument (written in capitals)."""
+    return role if role.isupper() else f"data.{role}"
+
+
+def images_at(paths: Sequence[str], column: str, place: str, first_row: int = 1) -> Source:
+    """Image files as rows of one column, decoded when used; `place` is the folder that messages name."""
+    cells = [{"bytes": None, "path": path} for path in paths]
+    table = Dataset.from_dict({column: cells}, features=Features({column: ImageFeature()}))
+    return Source(table, ((place, len(paths)),), first_row)
+
+
 def paths_as_images(source: Source, column: str) -> Dataset:
-    """The source's table with `column`, file paths that count from the folder of the file they stand in, as images."""
+    """One column of the source, file paths that count from the folder of the file they stand in, as images."""
     feature = source.table.features[column]
     if not isinstance(feature, Value) or feature.dtype != "string":
         raise UserError(
@@ -94,11 +110,11 @@ def paths_as_images(source: Source, column: str) -> Dataset:
     paths = column_values(source.table, column)
     folders = [Path(name).expanduser().parent for name, num_rows in source.files for _ in range(num_rows)]
     cells = [path and {"bytes": None, "path": str(folder / path)} for folder, path in zip(folders, paths, strict=True)]
-    return source.table.remove_columns(column).add_column(column, cells, feature=ImageFeature())
+    return Dataset.from_dict({column: cells}, features=Features({column: ImageFeature()}))
 
 
 def _read_one(item: str, role: str, columns: Sequence[str] | None) -> Source:
-    key = f"data.{role}"
+    key = key_of(role)
     if item.startswith("builtin:"):
         table = read_builtin(item.removeprefix("builtin:"))
         return Source(table, ((item, len(table)),))
@@ -139,7 +155,7 @@ def _suffix(item: str) -> str:
 
 
 def _read_folder(path: Path, item: str, role: str, split: str | None) -> Source:
-    key = f"data.{role}"
+    key = key_of(role)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         try:
             saved = datasets.load_from_disk(str(path))
@@ -177,21 +193,19 @@ def _read_class_folders(folders: Sequence[Path], key: str) -> Source:
     labels: list[str] = []
     empty = []
     for folder in folders:
-        images = [str(file) for file in sorted(_visible_files(folder))]
+        images = [str(file) for file in sorted(visible_files(folder))]
         if not images:
             empty.append(folder.name)
         paths += images
         labels += [folder.name] * len(images)
     if empty:
         raise UserError(f"{key}: no files in class folder {', '.join(empty)} of {folders[0].parent}; fill or remove it")
-    features = Features({"image": ImageFeature(), "label": Value("string")})
-    table = Dataset.from_dict(
-        {"image": [{"bytes": None, "path": p} for p in paths], "label": labels}, features=features
-    )
-    return Source(table, ((str(folders[0].parent), len(paths)),))
+    source = images_at(paths, "image", str(folders[0].parent))
+    return replace(source, table=source.table.add_column("label", labels, feature=Value("string")))
 
 
-def _visible_files(folder: Path) -> Iterator[Path]:
+def visible_files(folder: Path) -> Iterator[Path]:
+    """The files at any depth of `folder`, without hidden ones and those that file managers leave."""
     for file in folder.rglob("*"):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         if file.is_file() and not hidden and file.name.lower() not in IGNORED_FILES:
@@ -201,7 +215,7 @@ def _visible_files(folder: Path) -> Iterator[Path]:
 def _split_of(found: Dataset | DatasetDict, split: str | None, item: str, role: str) -> Source:
     if isinstance(found, Dataset):
         if split is not None:
-            raise UserError(f"data.{role}: {item}: there are no splits inside; leave [{split}] out")
+            raise UserError(f"{key_of(role)}: {item}: there are no splits inside; leave [{split}] out")
         table = found
     else:
         wanted = (split,) if split else ROLE_SPLITS[role]
@@ -210,10 +224,10 @@ def _split_of(found: Dataset | DatasetDict, split: str | None, item: str, role: 
             base = item.split("[")[0]
             near = did_you_mean(wanted[0], found)
             raise UserError(
-                f"data.{role}: {item} has no split {wanted[0]!r}. {near} It has: {', '.join(found)}; "
-                f"write data.{role}: {base}[SPLIT]"
+                f"{key_of(role)}: {item} has no split {wanted[0]!r}. {near} It has: {', '.join(found)}; "
+                f"write {key_of(role)}: {base}[SPLIT]"
             )
         table, item = found[name], f"{item.split('[')[0]}[{name}]"
     if len(table) == 0:
-        raise UserError(f"data.{role}: {item}: no rows")
+        raise UserError(f"{key_of(role)}: {item}: no rows")
     return Source(table, ((item, len(table)),))

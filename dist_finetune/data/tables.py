@@ -13,7 +13,7 @@ from dist_finetune.data.arrow import arrow_column, in_memory, select
 from dist_finetune.data.checks import Labels, check_images, class_names, label_problems, read_labels, read_texts
 from dist_finetune.data.columns import Columns, find_columns, is_string
 from dist_finetune.data.files import DELIMITERS
-from dist_finetune.data.sources import Source, paths_as_images, read_source
+from dist_finetune.data.sources import Source, key_of, paths_as_images, read_source
 from dist_finetune.data.split import hold_out, sample, text_key
 from dist_finetune.errors import UserError, did_you_mean
 from dist_finetune.spec import DataSpec
@@ -97,6 +97,32 @@ def read_tables(spec: DataSpec, seed: int, decode_images: bool = True) -> Tables
     )
 
 
+def read_table(
+    items: Sequence[str], role: str, header: Sequence[str] | None, columns: Columns, classes: Sequence[str]
+) -> Dataset:
+    """One more split in the shape of those of `Tables`, with the columns and classes of a run that has been.
+
+    `header` names the columns of .csv and .tsv files without a header line. Raises UserError that lists all problems of
+    the rows, such as a label that is none of `classes`.
+    """
+    source = read_source(items, role, header)
+    _require_columns({role: source}, columns)
+    rows, problems = _check_rows(source, read_labels(source, columns.label), columns, classes, decode_images=True)
+    if problems:
+        raise UserError("\n".join(f"{key_of(role)}: {line}" for line in problems))
+    return rows.table
+
+
+def unlabelled_table(source: Source, role: str, columns: Columns) -> Dataset:
+    """The inputs of `source` in the shape of `Tables`, whether it has labels or not: "label" is 0 in each row."""
+    _require_columns({role: source}, columns, labelled=False)
+    stand_in = Labels(["any"] * len(source.table), None)
+    rows, problems = _check_rows(source, stand_in, columns, ("any",), decode_images=True)
+    if problems:
+        raise UserError("\n".join(f"{key_of(role)}: {line}" for line in problems))
+    return rows.table
+
+
 def _read_sources(spec: DataSpec) -> dict[str, Source]:
     items = {"train": spec.train, "validation": spec.validation, "test": spec.test}
     named = {role: names for role, names in items.items() if isinstance(names, tuple)}
@@ -120,20 +146,21 @@ def _refuse_without_effect(spec: DataSpec, columns: Columns) -> None:
         )
 
 
-def _require_columns(sources: dict[str, Source], columns: Columns) -> None:
+def _require_columns(sources: dict[str, Source], columns: Columns, labelled: bool = True) -> None:
+    names = (*columns.inputs, columns.label) if labelled else columns.inputs
     problems = []
     for role, source in sources.items():
         there = source.table.column_names
-        for name in (*columns.inputs, columns.label):
+        for name in names:
             if name not in there:
                 near = did_you_mean(name, there)
                 problems.append(
-                    f"data.{role}: {source.names} lacks the column {name!r} of the training rows. {near} "
+                    f"{key_of(role)}: {source.names} lacks the column {name!r} of the training rows. {near} "
                     f"Columns: {', '.join(there)}."
                 )
             elif name in columns.text and not is_string(source.table, name):
                 problems.append(
-                    f"data.{role}: {source.names}: column {name!r} holds {source.table.features[name]}, not text"
+                    f"{key_of(role)}: {source.names}: column {name!r} holds {source.table.features[name]}, not text"
                 )
     if problems:
         raise UserError("\n".join(problems))

@@ -3,7 +3,7 @@
 `base` says what an engine is, `ddp` and `zero` are the engines, `build` makes and checks one.
 """
 
-from dist_finetune.engine.base import Engine, Fragment, Inputs
+from dist_finetune.engine.base import Engine, Fragment, Inputs, Predictor
 from dist_finetune.engine.build import open_accelerator, shard
 
-__all__ = ["Engine", "Fragment", "Inputs", "open_accelerator", "shard"]
+__all__ = ["Engine", "Fragment", "Inputs", "Predictor", "open_accelerator", "shard"]

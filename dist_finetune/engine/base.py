@@ -35,10 +35,22 @@ class Fragment:
     moments: dict[str, torch.Tensor]
 
 
-class Engine(Protocol):
-    """A model that steps. `module` is the model itself, without wrappers."""
+class Predictor(Protocol):
+    """A model that predicts."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """The model itself, without wrappers."""
+        ...
+
+    def predict(self, inputs: Inputs) -> torch.Tensor:
+        """Logits (B, num_classes) in fp32 without gradients. Collective where weights are sharded."""
+        ...
+
+
+class Engine(Predictor, Protocol):
+    """A model that steps."""
+
     is_partitioned: bool
     """True where each rank updates a share of every parameter group, False where all ranks hold all of it."""
     loss_scale: LossScale
@@ -59,10 +71,6 @@ class Engine(Protocol):
 
     def step(self) -> torch.Tensor | float:
         """Clips, updates and clears the gradients; returns their global norm before clipping."""
-        ...
-
-    def predict(self, inputs: Inputs) -> torch.Tensor:
-        """Logits (B, num_classes) in fp32 without gradients. Collective where weights are sharded."""
         ...
 
     def gathered(self, tensor: torch.Tensor) -> AbstractContextManager[torch.Tensor]:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,9 +19,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def autocast_of(plan: Plan) -> Callable[[], AbstractContextManager[Any]]:
     """What a forward pass runs in."""
-    is_mixed = plan.precision != "fp32"
-    dtype = DTYPES[plan.precision] if is_mixed else torch.bfloat16
-    return functools.partial(torch.autocast, plan.topology.device, dtype, enabled=is_mixed)
+    return autocast_in(plan.precision, plan.topology.device)
+
+
+def autocast_in(precision: Literal["fp32", "bf16", "fp16"], device: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Autocast in a precision on a kind of device; fp32 computes in what the weights are."""
+    is_mixed = precision != "fp32"
+    dtype = DTYPES[precision] if is_mixed else torch.bfloat16
+    return functools.partial(torch.autocast, device, dtype, enabled=is_mixed)
 
 
 class LossScale:

@@ -51,6 +51,10 @@ def write_start_files(job: FeatureJob) -> None:
     content = {
         "task": "features",
         "model": plan.card.name,
+        "card": dataclasses.asdict(plan.card),
+        "data": dataclasses.asdict(plan.data),
+        "topology": dataclasses.asdict(plan.topology),
+        "batches": {"eval_batch_size": job.store.key.batch_size},
         "weights_sha256": job.provenance.sha256,
         "num_rows": plan.data.num_rows,
         "classes": list(plan.data.classes),

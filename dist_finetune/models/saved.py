@@ -60,7 +60,11 @@ def built_by(location: str) -> str:
 
 def saved_image(folder: Path) -> ImageInput | None:
     """The image input that an exported folder states."""
-    image = read_saved(folder)["image"]
+    return image_of(read_saved(folder)["image"])
+
+
+def image_of(image: dict[str, Any] | None) -> ImageInput | None:
+    """The image input that was written as JSON; None for a model of text."""
     if image is None:
         return None
     return ImageInput(

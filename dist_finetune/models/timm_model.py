@@ -126,13 +126,17 @@ def export_timm(
         "crop_pct": card.image.crop_fraction,
     }
     source = _folder(card.location, card.revision)
-    arguments = _folder_config(source).get("model_args") if source else None
+    arguments = dict((_folder_config(source).get("model_args") if source else None) or {})
+    # transformers, which loads this folder too, takes the number of classes and nothing else from the rest.
+    arguments.pop("num_classes", None)
+    if config.get("fixed_input_size"):
+        arguments["img_size"] = list(card.image.size)
     whole = {
         "architecture": model.pretrained_cfg["architecture"],
         "num_classes": len(classes),
         "num_features": model.num_features,
         "label_names": list(classes),
-        **({"model_args": {**arguments, "num_classes": len(classes)}} if arguments else {}),
+        **({"model_args": arguments} if arguments else {}),
         "pretrained_cfg": config,
     }
     write_weights(state, folder / "model.safetensors")

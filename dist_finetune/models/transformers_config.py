@@ -154,6 +154,25 @@ def resized_processor(processor: dict[str, Any], image: ImageInput) -> dict[str,
     return {**processor, "size": {"height": height, "width": width}}
 
 
+def plain_processor(image: ImageInput) -> dict[str, Any]:
+    """Settings of an image processor for a model whose source has none: short side resized, centre crop, normalised."""
+    height, width = image.size
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": round(min(height, width) / image.crop_fraction)},
+        "resample": {name: number for number, name in RESAMPLING.items()}[image.interpolation],
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+    }
+
+
 def height_width(size: Any) -> tuple[int, int] | None:
     """(H, W) of the ways in which configs write a size: 224, [224, 224], {height, width}, {shortest_edge}."""
     if isinstance(size, dict):

@@ -28,6 +28,7 @@ from dist_finetune.models.transformers_config import (
     classifier_config,
     height_width,
     labels,
+    plain_processor,
     read_config,
     read_json,
     resized_processor,
@@ -143,9 +144,9 @@ def export_transformers(
     if card.trust_remote_code:
         for module in source.glob("*.py"):
             (folder / module.name).write_bytes(module.read_bytes())
-    processor = read_json(source / "preprocessor_config.json")
-    if processor and card.image:
-        processor = resized_processor(processor, card.image)
+    if card.image:
+        found = read_json(source / "preprocessor_config.json")
+        processor = resized_processor(found, card.image) if found else plain_processor(card.image)
         (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 

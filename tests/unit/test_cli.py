@@ -66,7 +66,7 @@ assert not heavy, heavy
 def test_help_names_every_command() -> None:
     done = command("--help")
     assert done.returncode == 0
-    for name in ("run", "train", "plan", "inspect", "schema", "--debug"):
+    for name in ("run", "train", "plan", "inspect", "evaluate", "predict", "export", "schema", "--debug"):
         assert name in done.stdout
 
 

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
-from dist_finetune.data.files import read_file
+from dist_finetune.data.files import read_file, read_pieces
 from dist_finetune.errors import UserError
 
 ROWS = [
@@ -48,6 +48,10 @@ def test_every_kind_gives_the_same_rows(tmp_path: Path) -> None:
         file.write_table(table)
     files += [tmp_path / name for name in ("a.parquet", "stream.arrow", "file.arrow")]
     assert [read_file(path).to_pylist() for path in files] == [ROWS] * 10
+    for path in files:
+        pieces = list(read_pieces(path, num_rows=2))
+        assert [len(piece) for piece in pieces] == [2, 1], path
+        assert pa.concat_tables(pieces).to_pylist() == ROWS
 
 
 def test_bare_quotes_of_a_tsv_do_not_swallow_lines(tmp_path: Path) -> None:
@@ -91,6 +95,24 @@ def test_headerless_and_quoted_line_breaks_and_long_fields(tmp_path: Path) -> No
 def test_malformed_files_are_named(tmp_path: Path, name: str, content: str | bytes, words: list[str]) -> None:
     message = refused(tmp_path / name, content)
     assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "text,label\na,1\nb,2\nc,3\nd\n", "row 4 has 1 columns"),
+        ("a.csv", b"text,label\na,1\nb,2\nc,3\n\xff,4\n", "byte 23 is not UTF-8"),
+        ("a.jsonl", '{"t": 1}\n{"t": 2}\n{"t": 3}\n[4]\n', "row 4 is not an object"),
+        ("a.jsonl", '{"t": 1}\n{"t": 2}\n{"t": 3}\n{"t": "4"}\n', "column 't' mixes kinds of values: row 4"),
+    ],
+)
+def test_pieces_come_before_what_is_wrong_later_which_is_named_by_its_row(
+    tmp_path: Path, name: str, content: str | bytes, words: str
+) -> None:
+    pieces = read_pieces(write(tmp_path / name, content), num_rows=2)
+    assert len(next(pieces)) == 2
+    with pytest.raises(UserError, match=words):
+        next(pieces)
 
 
 def test_columns_are_for_delimited_files(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -21,6 +22,7 @@ from transformers import (
     ViTConfig,
 )
 
+from dist_finetune.data.images import evaluation_pixels, normalised
 from dist_finetune.errors import UserError
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.export import export_model, load_exported
@@ -76,7 +78,7 @@ def test_a_bert_leaves_as_a_folder_for_from_pretrained(tmp_path: Path) -> None:
     check_ours(tmp_path, model, card, dict(tokens))
 
 
-@pytest.mark.parametrize("kind", ["convnext", "vit"])
+@pytest.mark.parametrize("kind", ["convnext", "vit", "vit without a processor"])
 def test_an_image_model_of_transformers_leaves_with_its_processor(tmp_path: Path, kind: str) -> None:
     source = tmp_path / "source"
     if kind == "convnext":
@@ -85,7 +87,8 @@ def test_an_image_model_of_transformers_leaves_with_its_processor(tmp_path: Path
     else:
         ViTConfig(**TINY, image_size=32, patch_size=8).save_pretrained(source)
         processor = {"size": {"height": 32, "width": 32}, "image_processor_type": "ViTImageProcessor"}
-        (source / "preprocessor_config.json").write_text(json.dumps(processor))
+        if kind == "vit":
+            (source / "preprocessor_config.json").write_text(json.dumps(processor))
     AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(source)).save_pretrained(source)
     size = 48 if kind == "convnext" else None
     model, card = exported(tmp_path / "model", source, size)
@@ -93,7 +96,12 @@ def test_an_image_model_of_transformers_leaves_with_its_processor(tmp_path: Path
     images = torch.rand(2, 3, *card.image.size)
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()
     assert torch.equal(again(images).logits, forward_logits(model, images))
-    assert AutoImageProcessor.from_pretrained(tmp_path / "model").size
+    found = AutoImageProcessor.from_pretrained(tmp_path / "model")
+    assert found.size
+    picture = Image.effect_noise(card.image.size, 60).convert("RGB")
+    if kind == "vit without a processor":
+        ours = normalised(evaluation_pixels(picture, card.image), card.image)
+        torch.testing.assert_close(found(picture, return_tensors="pt")["pixel_values"][0], ours)
     check_ours(tmp_path / "model", model, card, images)
 
 

@@ -1,0 +1,122 @@
+"""Commands on what is there already: a run's model and checkpoints, a model's parts, stored activations.
+
+`cli.py` adds them to those that plan and train.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)]
+
+
+def evaluate(
+    run: RunFolder,
+    data: Annotated[
+        str | None,
+        typer.Argument(metavar="DATA", help="As data.validation; left out: the run's test rows, else validation."),
+    ] = None,
+    split: Annotated[
+        Literal["validation", "test"] | None, typer.Option(help="A split of the run instead of DATA.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Measure a run's model on its own held-out rows, or on others with the same columns and classes."""
+    from dist_finetune.inference.evaluate import evaluate_run
+
+    found = evaluate_run(run, data, split)
+    if found.is_first:
+        typer.echo(json.dumps(found.to_json(), indent=1) if as_json else found.lines())
+
+
+def predict(
+    run: RunFolder,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file of rows, a folder of images, or one image; no labels needed.")
+    ],
+    to: Annotated[
+        Path | None, typer.Option(help="Write here, .jsonl or .csv; left out: JSON lines on the standard output.")
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option("--id", help="Call rows by this column instead of by their numbers.")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Names for a .csv or .tsv file without a header line, such as text,label.")
+    ] = None,
+) -> None:
+    """Give each row or image of FILE a class and the probability of every class, in the order of the input."""
+    from dist_finetune.inference.predict import predict_file, save_predictions, write_predictions
+
+    header = tuple(columns.split(",")) if columns else None
+    found = predict_file(run, file, header, id_column)
+    if to is None:
+        write_predictions(found, sys.stdout, ".jsonl")
+    else:
+        typer.echo(f"{save_predictions(found, to):,} predictions in {to}")
+
+
+def export(
+    run: RunFolder,
+    to: Annotated[Literal["hf", "timm", "onnx"], typer.Option(help="For transformers, for timm, or as ONNX.")],
+    out: Annotated[Path | None, typer.Option(help="A new folder to write to.", show_default=False)] = None,
+) -> None:
+    """Write a run's model for transformers, timm or ONNX Runtime; a format that doesn't suit it is refused."""
+    from dist_finetune.inference.export import export_run
+
+    made = export_run(run, to, out)
+    typer.echo("\n".join([f"{made.folder}", f"load it with {made.how_to_load}", *made.notes]))
+
+
+def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", show_default=False)]) -> None:
+    """Check files and hashes of a run's checkpoints (or of one), and say what could be resumed."""
+    from dist_finetune.checkpoint.verify import verify_path
+
+    lines, is_good = verify_path(path)
+    typer.echo("\n".join(lines))
+    raise typer.Exit(0 if is_good else 1)
+
+
+def inspect(model: Annotated[str, typer.Argument(metavar="MODEL", help="As model.name in a config.")]) -> None:
+    """Show a model's structure as freeze rules name it: embeddings or stem, numbered blocks, head, tied tensors."""
+    import torch
+
+    from dist_finetune.models.sources import build_model, describe_model
+    from dist_finetune.models.structure import render_structure, structure_of
+    from dist_finetune.spec import ModelSpec
+
+    spec = ModelSpec(name=model)
+    card = describe_model(spec)
+    with torch.device("meta"):
+        built = build_model(card, spec, ("0", "1"))
+    show(render_structure(structure_of(built)))
+
+
+def cache(
+    action: Annotated[Literal["ls", "clear"], typer.Argument(metavar="ls|clear", show_default=False)],
+    folder: Annotated[Path, typer.Option(help="The cache's folder, as cache.folder in a config.")] = Path(
+        "runs/.cache"
+    ),
+) -> None:
+    """List or delete stored activations of frozen prefixes."""
+    from dist_finetune.cache.entries import clear, list_entries
+
+    if action == "clear":
+        typer.echo(f"{clear(folder) / 2**20:,.1f} MiB freed in {folder}")
+        return
+    for entry in list_entries(folder):
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+        typer.echo(f"{entry.key}  {entry.num_bytes / 2**20:>10,.1f} MiB  used {used}  {entry.source}")
+
+
+def show(rendered: Any) -> None:
+    """Plain text as it is; anything else as rich draws it on this terminal."""
+    if isinstance(rendered, str):
+        typer.echo(rendered)
+    else:
+        from rich.console import Console
+
+        Console().print(rendered)

@@ -1,0 +1,148 @@
+"""A run that left a model: what it takes to give the model other rows exactly as training gave it its own."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dist_finetune.data.columns import Columns
+from dist_finetune.data.encode import encode_table
+from dist_finetune.data.image_input import ImageInput
+from dist_finetune.data.loading import Rows
+from dist_finetune.engine.base import Inputs
+from dist_finetune.engine.precision import autocast_in
+from dist_finetune.errors import UserError
+from dist_finetune.models.export import load_exported
+from dist_finetune.models.saved import image_of
+from dist_finetune.models.sources import forward_logits, load_tokenizer
+from dist_finetune.plan import DataPlan
+from dist_finetune.run_folder import read_summary
+from dist_finetune.spec import Spec
+from dist_finetune.spec_file import load_spec
+from dist_finetune.world import World, join_world, together
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """The model of a run, in eval mode and fp32, with what plan.json says of its rows. A `Predictor` where it lies."""
+
+    folder: Path
+    spec: Spec
+    data: DataPlan
+    image: ImageInput | None
+    module: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None
+    eval_batch_size: int
+    planned_precision: Precision
+    planned_device: Literal["cpu", "cuda"]
+
+    @property
+    def columns(self) -> Columns:
+        """The columns that the run's rows had."""
+        data = self.data
+        text, image = (data.columns, None) if data.modality == "text" else ((), data.columns[0])
+        return Columns(data.modality, text, image, data.label)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies now."""
+        return next(self.module.parameters()).device
+
+    @property
+    def precision(self) -> Precision:
+        """That of the run on the kind of device it ran on, fp32 on another."""
+        same = self.device.type == self.planned_device
+        cannot = self.planned_precision == "bf16" and self.device.type == "cuda" and not torch.cuda.is_bf16_supported()
+        return self.planned_precision if same and not cannot else "fp32"
+
+    def encode(self, table: Dataset) -> Rows:
+        """The rows of a table (see `Tables`) as evaluation encoded those of the run."""
+        device: Literal["cpu", "cuda"] = "cuda" if self.device.type == "cuda" else "cpu"
+        return encode_table(table, self.data, self.image, device, self.tokenizer)
+
+    def predict(self, inputs: Inputs) -> torch.Tensor:
+        """Logits (B, num_classes) in fp32 of inputs on the model's device."""
+        with torch.inference_mode(), autocast_in(self.precision, self.device.type)():
+            return forward_logits(self.module, inputs).float()
+
+
+def open_run(folder: Path) -> SavedRun:
+    """The run in `folder`, its model on the CPU.
+
+    Raises UserError where it has no model yet, saying what to do, or where files of it are missing or damaged.
+    """
+    model_folder = find_model(folder)
+    spec = load_spec(folder / "config.yaml")
+    plan = _read_plan(folder)
+    module, card, classes = load_exported(model_folder, spec.model.trust_remote_code)
+    data = _data_plan(plan["data"])
+    if classes != data.classes:
+        raise UserError(
+            f"{model_folder}: its classes are not those of plan.json ({', '.join(data.classes[:5])}, ...): it is of "
+            "another run"
+        )
+    return SavedRun(
+        folder=folder,
+        spec=spec,
+        data=data,
+        image=image_of(plan["card"]["image"]),
+        module=module,
+        tokenizer=load_tokenizer(card) if card.modality == "text" else None,
+        eval_batch_size=plan["batches"]["eval_batch_size"],
+        planned_precision=plan["precision"],
+        planned_device=plan["topology"]["device"],
+    )
+
+
+@contextmanager
+def opened_run(folder: Path) -> Iterator[tuple[SavedRun, World]]:
+    """The run in `folder` with its model on this rank's device, in the job that this process finds itself in (alone: a
+    job of one). Collective. Raises UserError as `open_run` does, on every rank."""
+    find_model(folder)
+    with join_world(load_spec(folder / "config.yaml").launch) as world:
+        run = together(lambda: open_run(folder))
+        run.module.to(world.device)
+        yield run, world
+
+
+def find_model(folder: Path) -> Path:
+    """RUN/model. Raises UserError where the run has none, saying what to do."""
+    model = folder / "model"
+    if not (folder / "config.yaml").exists():
+        inside = folder.name == "model" and (folder.parent / "config.yaml").exists()
+        hint = f"Write {folder.parent}." if inside else "Name the folder that `run` printed."
+        raise UserError(f"{folder} is no run of this tool: it has no config.yaml. {hint}")
+    if model.is_dir():
+        return model
+    summary = read_summary(folder)
+    if summary.get("status") == "finished":
+        why = str(summary.get("folded_note", "it was taken away")).removeprefix("none: ")
+        raise UserError(f"{folder} is finished, and has no model/: {why}")
+    state = summary.get("status", "unfinished")
+    raise UserError(f"{folder} has no model/ yet: the run is {state}. Go on with: dist-finetune resume {folder}")
+
+
+def _read_plan(folder: Path) -> dict[str, Any]:
+    path = folder / "plan.json"
+    try:
+        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read: {error}; the run's rows can't be encoded without it") from None
+    if "data" not in plan:
+        raise UserError(f"{path}: written by an earlier version, which did not say how rows were encoded")
+    return plan
+
+
+def _data_plan(saved: dict[str, Any]) -> DataPlan:
+    """What `Plan.to_json` wrote, with tuples again where JSON has lists."""
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+    return DataPlan(**values)
