@@ -4,8 +4,8 @@
 
 For 3 BERTs and 3 CNNs by 4 freezes by fp32 and bf16, each strategy takes three real steps of two micro-batches.
 Compared are weights, gradients, optimizer state and master copies (the plan against the rank with most), the bytes that
-autograd saves. Exits with 1 where one is further off than the limits below. The peak of everything that is alive in a
-step is printed beside the planned one, and held to no limit.
+autograd saves, and the peak of everything that is alive in a step, which the plan may exceed (buckets are rarely full
+when activations are most) and must not fall short of. Exits with 1 where one is further off than the limits below.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 REPOSITORY = Path(__file__).parents[1]
 STATE_LIMIT, SAVED_LIMIT = 0.01, 0.05
+PEAK_LIMITS = (0.99, 1.5)  # planned to real
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 FREEZES: dict[str, Any] = {
     "none": "none",
@@ -61,10 +62,16 @@ class Row:
         return abs(self.planned[name] - self.real[name]) / max(1, self.real[name]) if name in self.real else 0.0
 
     @property
+    def peak_ratio(self) -> float:
+        return self.planned["peak"] / self.real["peak"]
+
+    @property
     def problems(self) -> list[str]:
         found = [f"{name} {self.error(name):.1%} off" for name in STATE_NAMES if self.error(name) > STATE_LIMIT]
         if self.error("saved") > SAVED_LIMIT:
             found.append(f"saved {self.error('saved'):.1%} off")
+        if not PEAK_LIMITS[0] <= self.peak_ratio <= PEAK_LIMITS[1]:
+            found.append(f"peak {self.peak_ratio:.2f} of the real one")
         return found
 
 
@@ -307,12 +314,12 @@ def report(rows: list[Row]) -> int:
     for world_size, strategy in sorted({(r.world_size, r.strategy) for r in rows}):
         some = [r for r in rows if (r.world_size, r.strategy) == (world_size, strategy)]
         errors = "".join(f"{max(r.error(name) for r in some):>19.3%}" for name in (*STATE_NAMES, "saved"))
-        ratios = [r.planned["peak"] / r.real["peak"] for r in some]
+        ratios = [r.peak_ratio for r in some]
         print(f"{world_size:>2} x {strategy:7}{errors}{min(ratios):>7.2f}-{max(ratios):.2f}")
     bad = [row for row in rows if row.problems]
     for row in bad[:30]:
         print(f"{row.world_size} {row.model} {row.freeze} {row.precision} {row.strategy}: {'; '.join(row.problems)}")
-    print(f"{len(rows) - len(bad)} of {len(rows)} cases within {STATE_LIMIT:.0%} (state) and {SAVED_LIMIT:.0%} (saved)")
+    print(f"{len(rows) - len(bad)} of {len(rows)} cases within the limits")
     return 1 if bad else 0
 
 

@@ -180,7 +180,7 @@ def _zero_1_or_2(
         communication += own_gradients if accumulates else 0  # the next micro-batch's, before they are added
         update = in_update
     else:
-        gradients, communication = layout.trainable * FP32_BYTES, staged
+        gradients, communication = layout.trainable * FP32_BYTES, staged * _num_buckets(layout)
         update = bucket + staged + own_gradients + in_update
     return StateBytes(
         trainable_weights=aligned * FP32_BYTES,

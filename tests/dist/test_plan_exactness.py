@@ -13,7 +13,7 @@ COMPARED = ("ddp", "zero1", "zero2", "zero3")
 STATE = ("trainable_weights", "frozen_weights", "gradients", "optimizer", "masters", "buffers")
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_planned_bytes_are_those_of_the_engines(world_size: int, tmp_path: Path):
     """A BERT and a CNN by two freezes by fp32 and bf16 by strategy; every kind of bytes on its own."""
     script, rows_file = REPOSITORY / "benchmarks" / "plan_exactness.py", tmp_path / "rows.json"
@@ -28,6 +28,8 @@ def test_planned_bytes_are_those_of_the_engines(world_size: int, tmp_path: Path)
             assert planned[name] == pytest.approx(real[name], rel=0.01), (case, name)
         assert real["optimizer"] > 0
         assert planned["saved"] == pytest.approx(real["saved"], rel=0.05), case
+        # exact where nothing but DDP's buckets comes and goes, else an upper bound
+        assert 0.99 * real["peak"] <= planned["peak"] <= (1.02 if row["strategy"] == "ddp" else 1.5) * real["peak"], case
     assert done.returncode == 0, done.stdout[-3000:]
 
 
