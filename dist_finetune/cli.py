@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dist_finetune import __version__, cli_model
+from dist_finetune import __version__, cli_model, cli_report
 from dist_finetune.errors import DistFinetuneError, PlanError, UserError
 from dist_finetune.launchers.brought import brought_settings
 from dist_finetune.launchers.environment import refuse_run_in_many
@@ -333,6 +333,7 @@ for command in (
     cli_model.verify,
     cli_model.inspect,
     cli_model.cache,
+    cli_report.report,
 ):
     app.command()(command)
 

@@ -170,7 +170,7 @@ def refuse_other_config(config: Path, spec: Spec, changes: Changes) -> bool:
     Raises UserError for differences that `changes` does not cover: "none" covers none, "layout" what changes no number
     (strategy, processes, logging), "allow" also what the user may change knowingly (epochs, learning rates).
     """
-    old, new = _flat(_read_config(config)), _flat(spec.model_dump(mode="json", by_alias=True))
+    old, new = flat(_read_config(config)), flat(spec.model_dump(mode="json", by_alias=True))
     changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
     covered = {"none": (), "layout": LAYOUT_KEYS, "allow": LAYOUT_KEYS + ALLOWED_KEYS}[changes]
     refused = sorted(key for key in changed if not key.startswith(covered))
@@ -192,7 +192,8 @@ def _read_config(config: Path) -> dict[str, Any]:
     return load_spec(config).model_dump(mode="json", by_alias=True)
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested dicts by dotted key."""
     if not isinstance(node, dict):
         return {prefix: node}
-    return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
+    return {k: v for key, value in node.items() for k, v in flat(value, f"{prefix}.{key}".lstrip(".")).items()}
