@@ -334,6 +334,7 @@ for command in (
     cli_model.inspect,
     cli_model.cache,
     cli_report.report,
+    cli_report.prepare,
 ):
     app.command()(command)
 

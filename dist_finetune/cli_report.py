@@ -1,5 +1,6 @@
 """Commands around a run: `report` makes its page, `prepare` brings what it needs. `cli` registers them."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,3 +22,22 @@ def report(
 
     path = write_report(runs[0], to) if len(runs) == 1 or to is None else write_comparison(runs, to)
     typer.echo(f"written: {path}")
+
+
+def prepare(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The config file (YAML).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Overrides by dotted key, such as train.lr=3e-5.", show_default=False),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Fetch nothing: only prove that a run without network finds everything.")
+    ] = False,
+) -> None:
+    """Fetch model, tokenizer and data where there is internet, and prove that a run without any finds them."""
+    if check:
+        # Before the first import: the hub's client reads them once.
+        os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
+    from dist_finetune import prepare as preparing
+
+    (preparing.check if check else preparing.prepare)(config, overrides or (), typer.echo)

@@ -68,7 +68,7 @@ def read_source(items: Sequence[str], role: str, columns: Sequence[str] | None =
     Raises UserError where something is missing, empty or malformed, or where items have different columns.
     """
     key = key_of(role)
-    names = [path for item in items for path in _expand(item, key)]
+    names = [path for item in items for path in expand(item, key)]
     if not names:
         raise UserError(f"{key} is empty; name a file, a folder, a hub id or builtin:NAME")
     sources = [_read_one(name, role, columns) for name in names]
@@ -127,20 +127,29 @@ def _read_one(item: str, role: str, columns: Sequence[str] | None) -> Source:
     saved = _SAVED.fullmatch(item)
     if saved and saved["split"] and Path(saved["folder"]).expanduser().is_dir():
         return _read_folder(Path(saved["folder"]).expanduser(), item, role, saved["split"])
-    hub = _HUB_ID.fullmatch(item)
+    hub = hub_parts(item)
+    if hub is None:
+        raise missing_path(path, key)
+    found = load_from_hub(str(hub["id"]), hub["config"], key)
+    return _split_of(found, hub["split"], item, role)
+
+
+def hub_parts(item: str) -> dict[str, str | None] | None:
+    """The id, config and split of an item that can only be a hub id; None for what is here, or was meant as a path."""
+    path, saved, hub = Path(item).expanduser(), _SAVED.fullmatch(item), _HUB_ID.fullmatch(item)
+    is_saved = saved is not None and Path(saved["folder"]).expanduser().is_dir()
     # A name with a data suffix, or below a folder that exists here, was meant as a path.
     is_path = (
         _suffix(item) in SUFFIXES
         or item.startswith((".", "/", "~"))
         or (path.parent != Path() and path.parent.is_dir())
     )
-    if is_path or hub is None:
-        raise missing_path(path, key)
-    found = load_from_hub(hub["id"], hub["config"], key)
-    return _split_of(found, hub["split"], item, role)
+    if hub is None or is_path or is_saved or path.exists() or item.startswith("builtin:"):
+        return None
+    return hub.groupdict()
 
 
-def _expand(item: str, key: str) -> list[str]:
+def expand(item: str, key: str) -> list[str]:
     """The files of a glob such as `data/*.csv`, sorted; any other item as it is."""
     if not re.search(r"[*?]", item):
         return [item]

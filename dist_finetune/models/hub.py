@@ -110,10 +110,10 @@ def hub_file(repo: str, names: Sequence[str], what: str) -> Path:
     why = "" if online else f", and {constants.ENDPOINT} can't be reached (or offline mode is set)"
     raise UserError(
         f"{what}: its weights ({names[0]} of {repo}) are not in the Hugging Face cache "
-        f"{constants.HF_HUB_CACHE}{why}. On a machine with internet run\n"
+        f"{constants.HF_HUB_CACHE}{why}. Where there is internet run `dist-finetune prepare CONFIG` with HF_HOME on a "
+        f"disk that this machine sees, and set it here too; or run\n"
         f"  huggingface-cli download {repo} {names[0]} --local-dir .   (or `hf download`)\n"
-        f"copy the file here and write its path as model.weights; or fill a cache on a disk that this machine sees and "
-        f"set HF_HOME to it."
+        f"copy the file here and write its path as model.weights."
     )
 
 
@@ -153,8 +153,8 @@ def _how_to_bring(repo: str, online: bool) -> str:
     why = "" if online else f", and {constants.ENDPOINT} can't be reached (or offline mode is set)"
     return (
         f"model.name {repo}: not a local folder, not (completely) in the Hugging Face cache "
-        f"{constants.HF_HUB_CACHE}{why}. On a machine with internet run\n"
+        f"{constants.HF_HUB_CACHE}{why}. Where there is internet run `dist-finetune prepare CONFIG` with HF_HOME on a "
+        f"disk that this machine sees, and set it here too; or run\n"
         f"  huggingface-cli download {repo} --local-dir {repo.split('/')[-1]}   (or `hf download`)\n"
-        f"copy that folder here and write its path as model.name; or fill a cache on a disk that this machine sees and "
-        f"set HF_HOME to it. {suggestions(repo, otherwise='')}".rstrip()
+        f"copy that folder here and write its path as model.name. {suggestions(repo, otherwise='')}".rstrip()
     )

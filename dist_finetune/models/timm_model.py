@@ -103,6 +103,14 @@ def load_timm(card: ModelCard, spec: ModelSpec, classes: tuple[str, ...], seed: 
     return model, Provenance(card.name, commit, files_sha256([file]), (file.name,), missing, head_kept)
 
 
+def timm_files(card: ModelCard) -> list[Path]:
+    """The published weights, fetched where that is needed and possible. Raises UserError where they can't be had."""
+    if card.name == EFFICIENTNET:
+        return [efficientnet_file()]
+    folder = _folder(card.location, card.revision, weights=True)
+    return [_weights_in(folder) if folder else _published_file(card)[0]]
+
+
 def export_timm(
     card: ModelCard, spec: ModelSpec, classes: tuple[str, ...], state: Mapping[str, Tensor], folder: Path
 ) -> None:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from dist_finetune.errors import UserError
 from dist_finetune.models.card import ModelCard, Provenance
 from dist_finetune.models.dropout import set_dropout
-from dist_finetune.models.hub import WEIGHT_FILES, commit_of, has_weights
+from dist_finetune.models.hub import WEIGHT_FILES, commit_of
 from dist_finetune.models.transformers_config import (
     card_from_config,
     classifier_config,
@@ -66,7 +66,7 @@ def load_transformers(
     card: ModelCard, spec: ModelSpec, classes: tuple[str, ...], seed: int
 ) -> tuple[nn.Module, Provenance]:
     """The model with its weights in fp32 on the CPU, and where they came from; new tensors start from `seed`."""
-    folder = source_folder(card.location, card.revision, card.trust_remote_code, weights=spec.weights == "pretrained")
+    folder = source_folder(card.location, card.revision, card.trust_remote_code)
     config = classifier_config(card, spec, classes)
     if spec.weights == "none":
         with seeded(seed), plain_loading():
@@ -74,11 +74,7 @@ def load_transformers(
         state = model.state_dict()
         return model, Provenance(card.name, commit_of(folder), tensors_sha256(state), (), tuple(state), False)
     file = weights_file(spec.weights)
-    if file is None and not has_weights(folder):
-        raise UserError(
-            f"model.name {card.name}: {folder} holds a config but no weights ({', '.join(WEIGHT_FILES)}). "
-            f"Copy them there, or set model.weights to none or to a file."
-        )
+    files = [file] if file is not None else transformers_files(card)
     head = head_tensors(
         lambda n: _build(card, spec, classifier_config(card, spec, tuple(map(str, range(n))))), len(classes)
     )
@@ -90,7 +86,6 @@ def load_transformers(
             initialized |= _reinitialize(model, set(head) - initialized)
     if spec.dropout is not None:
         set_dropout(model, spec.dropout)
-    files = [file] if file is not None else _weight_files(folder)
     ordered = tuple(name for name in model.state_dict() if name in initialized)
     names = tuple(path.name for path in files)
     return model, Provenance(card.name, commit_of(folder), files_sha256(files), names, ordered, head_kept)
@@ -241,10 +236,17 @@ def _reinitialize(model: PreTrainedModel, names: set[str]) -> set[str]:
     return renewed
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def transformers_files(card: ModelCard) -> list[Path]:
+    """The published weights, one file or all shards, fetched where the hub can be reached. Raises UserError where there
+    are none.
+    """
+    folder = source_folder(card.location, card.revision, card.trust_remote_code, weights=True)
     for pattern in WEIGHT_FILES:
         files = sorted(folder.glob(pattern))
         if files:
             whole = [f for f in files if f.stem in ("model", "pytorch_model")]
             return whole or files
-    return []
+    raise UserError(
+        f"model.name {card.name}: {folder} holds a config but no weights ({', '.join(WEIGHT_FILES)}). "
+        f"Copy them there, or set model.weights to none or to a file."
+    )
