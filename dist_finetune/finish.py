@@ -2,10 +2,9 @@
 
 import time
 
-from rich.markup import escape
-
 from dist_finetune.checkpoint.saver import Saver
 from dist_finetune.evaluate import Evaluation, evaluate
+from dist_finetune.html_report.at_end import write_page
 from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.memory.held import planned_and_actual
 from dist_finetune.save import save_model
@@ -49,23 +48,11 @@ def finish_run(
     total_s = time.perf_counter() - started_s
     memory = planned_and_actual(job.plan.memory[job.plan.strategy], stage.engine, job.world)
     summary = summarise(job, progress, kept_step, final, verified, saver.pauses_s, memory, total_s)
-    _write_page(job)
+    write_page(job.folder, job.world, job.report)
     job.report.finish(summary.to_json(), exit_code=0)
     job.report.say(render_summary(summary))
     stage.engine.close()
     return summary
-
-
-def _write_page(job: Job) -> None:
-    """report.html, on rank 0 alone: the run is done and its summary safe, so that no failure here may change that."""
-    if not job.world.is_first:
-        return
-    try:
-        from dist_finetune.html_report.page import write_report
-
-        write_report(job.folder)
-    except Exception as error:
-        job.report.say(escape(f"warning: report.html was not written ({type(error).__name__}: {error})"))
 
 
 def _reopen(job: Job, saver: Saver, step: int) -> Stage:

@@ -16,6 +16,7 @@ from dist_finetune.features.heads import MAX_EXACT_ROWS, HeadFit, fit_head, head
 from dist_finetune.features.job import ExtractionCost, FeatureJob, extract_all, prepare_features, refuse_idle_settings
 from dist_finetune.features.minibatch import fit_minibatch
 from dist_finetune.features.results import HeadResult, head_result, render_results
+from dist_finetune.html_report.at_end import write_page
 from dist_finetune.models.export import export_model
 from dist_finetune.report import Reporter
 from dist_finetune.run_folder import Changes, check_run_folder, folder_of, start_run_folder, write_json
@@ -82,6 +83,7 @@ def _run(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: flo
         world_size=world.world_size,
     )
     on_first(world, lambda: write_json(folder / "summary.json", summary.to_json()))
+    write_page(folder, world, report)
     report.log(0, {f"features/{r.depth.replace(' ', '_')}/{r.head}": r.accuracy for r in results} | summary.metrics)
     report.say(render_results(results, best))
     report.say(f"model/    {note}\nplot      {folder / 'features.svg'}")
