@@ -148,6 +148,7 @@ def depth_scores(name: str, depths: Sequence[str], heads: dict[str, list[tuple[s
             axes.errorbar(at, values, yerr=spread, marker="o", capsize=2, linewidth=1.2, color=colour, label=head)
         axes.set(ylabel="validation accuracy, 95 % interval", xlabel="depth at which features are taken")
         axes.set_xticks(range(len(depths)), depths, rotation=45 if len(depths) > 8 else 0)
+        axes.set_xlim(-0.5, len(depths) - 0.5)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=4)
         return _to_svg(figure, name)
 
@@ -267,4 +268,4 @@ def _to_svg(figure: Figure, name: str) -> str:
     text = re.sub(r'(url\(|xlink:href=")#', rf"\1#{name}-", text)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
-    return text.replace("<svg ", f'<svg role="img" class="{name}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="plot: {name}" ', 1)

@@ -26,6 +26,7 @@ from dist_finetune.run_folder import flat, write_text
 
 FILE = "report.html"
 SPLITS = ("validation", "test")
+ROUGH = ("train/loss", "train/grad_norm")  # they jump from step to step, and are read by their running mean
 
 
 def write_report(folder: Path, to: Path | None = None) -> Path:
@@ -181,7 +182,7 @@ def _lowest_rate(record: RunRecord) -> float | None:
 
 
 def _line(key: str, steps: np.ndarray, values: np.ndarray, colour: int) -> Line:
-    rough = key in ("train/loss", "train/grad_norm")
+    rough = key in ROUGH
     window = smoothing_window(len(values)) if rough else 1
     label = f"{key}, mean of {window} steps" if window > 1 else key
     return Line(label, steps, values, colour, rough, "o" if key.startswith("eval/") else "")
@@ -244,8 +245,7 @@ def _shared_plots(records: Sequence[RunRecord], names: Sequence[str]) -> list[di
         for number, record in enumerate(records):
             steps, values = record.metrics.of(key)
             if len(steps):
-                smooth = key in ("train/loss", "train/grad_norm")
-                shown = running_mean(values, smoothing_window(len(values))) if smooth else values
+                shown = running_mean(values, smoothing_window(len(values))) if key in ROUGH else values
                 lines.append(Line(names[number], steps, shown, number, marker="o" if key.startswith("eval/") else ""))
         if lines:
             is_score = key.startswith("eval/") and key != "eval/loss"
@@ -253,5 +253,6 @@ def _shared_plots(records: Sequence[RunRecord], names: Sequence[str]) -> list[di
                 key.replace("/", "-"), lines, unit, may_be_log=not is_score and key != "train/lr", is_share=is_score,
                 legend=False,
             )  # fmt: skip
-            plots.append({"title": key, "svg": Markup(svg)})
+            mean = ", running mean" if key in ROUGH else ""
+            plots.append({"title": f"{key}{mean}", "svg": Markup(svg)})
     return plots

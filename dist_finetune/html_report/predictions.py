@@ -4,6 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from dist_finetune.errors import UserError
 
 LARGEST_BYTES = 400_000_000  # reading more would keep the end of a run waiting
 MAX_CLASSES = 2000
@@ -29,16 +33,16 @@ def read_confusion(folder: Path, split: str, classes: tuple[str, ...]) -> Confus
     path = folder / "predictions" / f"{split}.safetensors"
     if len(classes) > MAX_CLASSES or not path.is_file() or path.stat().st_size > LARGEST_BYTES:
         return None
-    import torch
-    from safetensors.torch import load_file
-
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from None
     logits, labels = tensors.get("logits"), tensors.get("labels")
-    if logits is None or labels is None or logits.ndim != 2 or labels.ndim != 1 or labels.is_floating_point():
+    if logits is None or labels is None or logits.ndim != 2 or labels.ndim != 1 or labels.dtype.kind != "i":
         return None
     num_classes = len(classes)
     if logits.shape[1] != num_classes or not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
         return None
-    pairs = labels.long() * num_classes + logits.argmax(1)
-    counts = torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-    return Confusion(split, classes, counts.numpy())
+    pairs = labels.astype(np.int64) * num_classes + logits.argmax(1)
+    counts = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+    return Confusion(split, classes, counts)

@@ -30,8 +30,11 @@ def weight_files(card: ModelCard, spec: ModelSpec) -> list[Path]:
     files = FILES[card.source](card)
     shards = [match for path in files if (match := SHARD.fullmatch(path.stem))]
     if shards and len(shards) != int(shards[0][2]):
-        there = ", ".join(match[1] for match in shards)
-        raise UserError(f"model.name {card.name}: of {shards[0][2]} shards of its weights only {there} are there")
+        there = ", ".join(str(int(match[1])) for match in shards)
+        raise UserError(
+            f"model.name {card.name}: of {int(shards[0][2])} files of its weights only {there} are in {files[0].parent}; "
+            "fetch or copy the others"
+        )
     return files
 
 

@@ -1,0 +1,107 @@
+"""What `prepare` takes as remote, and what it makes of weight files; the whole command is in tests/dist."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import BertConfig, BertModel
+
+from dist_finetune.data.sources import hub_parts
+from dist_finetune.errors import UserError
+from dist_finetune.models.fetch import count_tensors, weight_files
+from dist_finetune.models.sources import describe_model
+from dist_finetune.prepare import Item, remote_names
+from dist_finetune.spec import ModelSpec, Spec
+
+TINY = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A BERT whose weights are in three shards."""
+    BertModel(BertConfig(**TINY)).save_pretrained(tmp_path / "bert", max_shard_size="4KB")
+    assert len(list((tmp_path / "bert").glob("model-*.safetensors"))) > 2
+    return tmp_path / "bert"
+
+
+def spec_of(model: dict[str, Any], train: str) -> Spec:
+    return Spec.model_validate({"model": model, "data": {"train": train}, "name": "n"})
+
+
+@pytest.mark.parametrize(
+    ("item", "hub_id"),
+    [
+        ("nyu-mll/glue:sst2[validation]", "nyu-mll/glue"),
+        ("imdb", "imdb"),
+        ("rows.csv", None),
+        ("builtin:topics", None),
+        ("here", None),
+        ("here[train]", None),
+        ("here/missing", None),
+        ("./imdb", None),
+        ("~/imdb", None),
+    ],
+)
+def test_only_what_can_be_nothing_else_is_a_hub_id(
+    item: str, hub_id: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    found = hub_parts(item)
+    assert (found and found["id"]) == hub_id
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "expected"),
+    [
+        ({"name": "demo:minilm"}, "builtin:topics", []),
+        ({"name": "demo:efficientnet-lite0"}, "builtin:digits", []),
+        ({"name": "demo:minilm"}, "ag_news", ["ag_news"]),
+        ({"name": "timm:resnet18"}, "builtin:digits", ["timm:resnet18"]),
+        ({"name": "timm:resnet18", "weights": "none"}, "builtin:digits", []),
+        ({"name": "torchvision:resnet18"}, "owner/images:all", ["torchvision:resnet18", "owner/images:all"]),
+    ],
+)
+def test_what_comes_over_a_network_is_named(model: dict[str, Any], train: str, expected: list[str]) -> None:
+    assert remote_names(spec_of(model, train)) == expected
+
+
+def test_all_shards_are_needed_and_their_tensors_counted(bert: Path) -> None:
+    spec = ModelSpec(name=str(bert))
+    files = weight_files(describe_model(spec), spec)
+    expected = len(BertModel(BertConfig(**TINY)).state_dict())
+    assert sum(count_tensors(path) for path in files) == expected
+    assert Item("weights", "", tuple(files)).num_bytes == sum(path.stat().st_size for path in files)
+    files[1].unlink()
+    with pytest.raises(UserError, match=rf"of {len(files)} files"):
+        weight_files(describe_model(spec), spec)
+
+
+def test_weights_of_a_file_or_none_need_nothing_else(bert: Path, tmp_path: Path) -> None:
+    for path in bert.glob("model*"):
+        path.unlink()
+    none, file = ModelSpec(name=str(bert), weights="none"), tmp_path / "w.safetensors"
+    save_file({"a": torch.ones(2)}, file)
+    assert weight_files(describe_model(none), none) == []
+    named = ModelSpec(name=str(bert), weights=str(file))
+    assert weight_files(describe_model(named), named) == [file]
+    with pytest.raises(UserError, match="holds a config but no weights"):
+        weight_files(describe_model(none), ModelSpec(name=str(bert)))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_cut_file_is_found_by_its_header(tmp_path: Path, suffix: str) -> None:
+    whole, cut = tmp_path / f"w{suffix}", tmp_path / f"cut{suffix}"
+    tensors = {"a": torch.ones(100), "b": torch.ones(3)}
+    if suffix == ".pt":
+        torch.save(tensors, whole)
+    else:
+        save_file(tensors, whole)
+    assert count_tensors(whole) == 2
+    shutil.copy(whole, cut)
+    cut.write_bytes(whole.read_bytes()[:-50])
+    with pytest.raises(UserError, match="truncated"):
+        count_tensors(cut)
