@@ -32,8 +32,8 @@ def weight_files(card: ModelCard, spec: ModelSpec) -> list[Path]:
     if shards and len(shards) != int(shards[0][2]):
         there = ", ".join(str(int(match[1])) for match in shards)
         raise UserError(
-            f"model.name {card.name}: of {int(shards[0][2])} files of its weights only {there} are in {files[0].parent}; "
-            "fetch or copy the others"
+            f"model.name {card.name}: of {int(shards[0][2])} files of its weights only {there} are in "
+            f"{files[0].parent}; fetch or copy the others"
         )
     return files
 
