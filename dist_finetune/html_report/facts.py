@@ -14,6 +14,7 @@ SHOWN_WORST = 30
 SECONDS = {"cache_s": "filling the cache, s", "train_s": "training, s", "total_s": "last attempt in all, s"}
 MACHINE = ("started", "host", "platform", "num_cpus", "python")
 NONE = "-"
+SMALL = 0.001
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,8 @@ def clock(when: float | None) -> str:
 def _compared(label: str, planned: float | None, actual: float | None, unit: float = 1) -> Comparison:
     difference = ""
     if planned and actual is not None:
-        difference = "equal" if planned == actual else f"{(actual - planned) / planned:+.1%}"
+        share = (actual - planned) / planned
+        difference = "equal" if not share else f"{share:+.1%}" if abs(share) >= SMALL else f"below {SMALL:.1%}"
     return Comparison(label, _number(planned, unit), _number(actual, unit), difference)
 
 

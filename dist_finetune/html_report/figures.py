@@ -25,8 +25,8 @@ VARIABLES = {
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # a name with $ in it is no formula
-    "font.size": 9,
-    "axes.labelsize": 9,
+    "font.size": 10,
+    "axes.labelsize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -41,6 +41,7 @@ STYLE = {
     "figure.facecolor": "none",
     "legend.frameon": False,
 }
+PAGE_IN, HALF_PAGE_IN = 10.6, (6.0, 3.2)  # so that letters come out alike on the page
 MAX_POINTS = 500
 SMOOTHED_FROM = 40  # points, from which on a curve also gets its running mean
 LOG_RATIO = 50.0
@@ -83,7 +84,7 @@ def curves(
     says that values lie in 0 to 1.
     """
     with _drawing(name):
-        figure = Figure(figsize=(6.4, 3.3), layout="constrained")
+        figure = Figure(figsize=HALF_PAGE_IN, layout="constrained")
         axes = figure.subplots()
         for line in lines:
             _draw_line(axes, line)
@@ -115,19 +116,19 @@ def frozen_parts(name: str, parts: Sequence[str], phases: Sequence[tuple[str, Se
     many = len(phases) > 1
     with _drawing(name):
         strip_in = 0.28 * len(phases)
-        width = min(12.0, max(6.4, 1.6 + 0.42 * len(parts)))
-        figure = Figure(figsize=(width, 2.7 + strip_in), layout="constrained")
+        figure = Figure(figsize=(PAGE_IN, 2.7 + strip_in), layout="constrained")
         bars, strips = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, max(0.3, strip_in)])
         places = np.arange(len(parts))
         frozen, trainable = np.array(phases[-1][1], dtype=float).T
         bars.bar(places, frozen, color=FROZEN, label="frozen", width=0.8)
         bars.bar(places, trainable, bottom=frozen, color=TRAINABLE, label="trainable", width=0.8)
         bars.set(ylabel=f"parameters, {_cut(phases[-1][0])}" if many else "parameters", xlim=(-0.6, len(parts) - 0.4))
+        bars.set_ylim(0, 1.06 * float((frozen + trainable).max()))
         bars.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
         bars.grid(axis="x", visible=False)
         _draw_strips(strips, phases)
         labels = [_cut(part.removeprefix("block ")) for part in parts]
-        is_crowded = max(map(len, labels), default=0) * len(labels) > 90
+        is_crowded = max(map(len, labels), default=0) * len(labels) > 150
         strips.set_xticks(places, labels, rotation=45 if is_crowded else 0, ha="right" if is_crowded else "center")
         strips.set_xlabel("part of the model; numbers are blocks")
         figure.legend(*bars.get_legend_handles_labels(), loc="outside upper left", ncols=2)
@@ -137,7 +138,7 @@ def frozen_parts(name: str, parts: Sequence[str], phases: Sequence[tuple[str, Se
 def depth_scores(name: str, depths: Sequence[str], heads: dict[str, list[tuple[str, float, float, float]]]) -> str:
     """Validation accuracy by depth, a line for each head of (depth, accuracy, low, high)."""
     with _drawing(name):
-        figure = Figure(figsize=(min(12.0, max(6.4, 1.5 + 0.75 * len(depths))), 3.5), layout="constrained")
+        figure = Figure(figsize=(PAGE_IN, 3.5), layout="constrained")
         axes = figure.subplots()
         for number, (head, points) in enumerate(heads.items()):
             shift = 0.08 * (number - (len(heads) - 1) / 2)
@@ -180,10 +181,10 @@ def short_count(value: float) -> str:
 def _draw_strips(axes: Axes, phases: Sequence[tuple[str, Sequence[tuple[int, int]]]]) -> None:
     """A row for each phase, the first on top; a part that trains in part is filled so far."""
     for row, (_, counts) in enumerate(phases):
-        for place, (frozen, trainable) in enumerate(counts):
-            share = trainable / max(1, frozen + trainable)
-            axes.barh(row, 0.8, left=place - 0.4, height=0.7, color=FROZEN)
-            axes.barh(row, 0.8 * share, left=place - 0.4, height=0.7, color=TRAINABLE)
+        shares = [trainable / max(1, frozen + trainable) for frozen, trainable in counts]
+        for colour, widths in ((FROZEN, [1.0] * len(counts)), (TRAINABLE, shares)):
+            boxes = [(place - 0.4, 0.8 * width) for place, width in enumerate(widths) if width]
+            axes.broken_barh(boxes, (row - 0.35, 0.7), facecolors=colour)
     axes.set_yticks(range(len(phases)), [_cut(phase) for phase, _ in phases] if len(phases) > 1 else [""])
     axes.invert_yaxis()
     axes.grid(visible=False)

@@ -26,6 +26,7 @@ from dist_finetune.run_folder import flat, write_text
 
 FILE = "report.html"
 SPLITS = ("validation", "test")
+NORM = "L2 norm before clipping"
 ROUGH = ("train/loss", "train/grad_norm")  # they jump from step to step, and are read by their running mean
 
 
@@ -91,7 +92,7 @@ def _render_run(record: RunRecord) -> str:
             shown_worst=facts.SHOWN_WORST,
             attempts=facts.attempts(record),
             environment=facts.environment_facts(record),
-            settings=sorted(_settings(record).items()),
+            settings=[(key, _shown(value)) for key, value in sorted(_settings(record).items())],
         )
     )
 
@@ -111,7 +112,7 @@ def _render_features(record: RunRecord) -> str:
             best=record.summary.get("best"),
             plot=Markup(depth_scores("depths", depths, heads)) if results else "",
             environment=facts.environment_facts(record),
-            settings=sorted(_settings(record).items()),
+            settings=[(key, _shown(value)) for key, value in sorted(_settings(record).items())],
         )
     )
 
@@ -132,11 +133,19 @@ def _render_comparison(records: Sequence[RunRecord]) -> str:
 
 
 def _settings(record: RunRecord) -> dict[str, Any]:
-    """The config by dotted key, without what was left empty."""
-    return {key: value for key, value in flat(record.config).items() if value not in (None, [], {}, "")}
+    """The config by dotted key, entries of lists of sections by their number, without what was left empty."""
+    return {key: value for key, value in flat(_numbered(record.config)).items() if value not in (None, [], {}, "")}
+
+
+def _numbered(node: Any) -> Any:
+    if isinstance(node, list) and any(isinstance(value, dict) for value in node):
+        node = dict(enumerate(node))
+    return {key: _numbered(value) for key, value in node.items()} if isinstance(node, dict) else node
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return facts.NONE if value is None else str(value)
 
 
@@ -161,7 +170,7 @@ def _run_plots(record: RunRecord) -> list[dict[str, Any]]:
         ("Loss", ["train/loss", "eval/loss"], "loss a sample, nats", True, False),
         ("Validation scores", scores, "score, 0 to 1", False, True),
         ("Learning rate", ["train/lr"], "learning rate", False, False),
-        ("Gradient norm", ["train/grad_norm"], "L2 norm before clipping", True, False),
+        ("Gradient norm", ["train/grad_norm"], NORM, True, False),
     ):
         found = [key for key in keys if key in series]
         if found:
@@ -237,8 +246,9 @@ def _run_row(record: RunRecord) -> dict[str, Any]:
 def _shared_plots(records: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, Any]]:
     """A plot for each metric that two runs or more have, a colour for each run."""
     keys: Iterable[str] = dict.fromkeys(key for record in records for key in record.metrics.series)
-    wanted = [("train/loss", "training loss a sample, nats"), *((key, key) for key in keys if key.startswith("eval/"))]
-    wanted += [("train/lr", "learning rate"), ("train/grad_norm", "gradient L2 norm before clipping")]
+    scores = sorted(key for key in keys if key.startswith("eval/") and key != "eval/loss")
+    wanted = [("train/loss", "loss a sample, nats"), ("eval/loss", "loss a sample, nats")]
+    wanted += [*((key, "score") for key in scores), ("train/lr", "learning rate"), ("train/grad_norm", NORM)]
     plots = []
     for key, unit in wanted:
         lines = []

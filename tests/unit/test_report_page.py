@@ -20,12 +20,15 @@ from safetensors.torch import load_file, save_file
 
 from dist_finetune.cli import main
 from dist_finetune.errors import UserError
+from dist_finetune.html_report.at_end import write_page
 from dist_finetune.html_report.figures import Line, curves, frozen_parts, running_mean
 from dist_finetune.html_report.metrics import read_metrics
 from dist_finetune.html_report.page import write_comparison, write_report
 from dist_finetune.html_report.predictions import read_confusion
+from dist_finetune.report import Reporter
 from dist_finetune.run import train
 from dist_finetune.spec_file import load_spec
+from dist_finetune.world import World
 
 HOSTILE = ("<script>alert(1)</script>", "$x_{1$ \"&'", "</style><img src=x onerror=alert(1)>")
 PLAIN = ("weather", "food", "music")
@@ -202,12 +205,9 @@ def test_nothing_comes_from_elsewhere_and_names_are_inert(run: Path, tmp_path: P
 
 
 def test_the_page_costs_little(run: Path, tmp_path: Path) -> None:
-    seconds = []
-    for _ in range(2):
-        start = time.thread_time()
-        write_report(run, tmp_path / "r.html")
-        seconds.append(time.thread_time() - start)
-    assert min(seconds) < 2
+    start = time.thread_time()
+    write_report(run, tmp_path / "r.html")
+    assert time.thread_time() - start < 2
 
 
 def test_a_resumed_run_shows_where_it_went_on(copy: Path, run: Path) -> None:
@@ -294,17 +294,22 @@ def test_what_is_no_run_is_refused_with_the_reason(tmp_path: Path, copy: Path) -
         write_report(copy)
 
 
-def test_a_page_that_cannot_be_written_is_a_warning_and_the_run_is_done(
-    copy: Path, run: Path, capsys: pytest.CaptureFixture[str]
+def test_a_page_that_cannot_be_written_is_a_warning_on_the_first_rank(
+    copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (copy / "summary.json").unlink()
-    (copy / "report.html").unlink()
-    (copy / "report.html").mkdir()
-    config = (copy / "config.yaml").read_text(encoding="utf-8").replace(str(run.parent), str(copy.parent))
-    (copy / "config.yaml").write_text(config, encoding="utf-8")
-    assert train(load_spec(str(copy / "config.yaml"))).status == "finished"
-    assert read_json(copy / "summary.json")["status"] == "finished"
-    assert "warning: report.html was not written" in capsys.readouterr().out
+    """No exception and no collective: this process has joined no process group."""
+    target = copy / "report.html"
+    target.unlink()
+    for rank in (1, 0):
+        write_page(copy, World("torchrun", rank, rank, 2, 2, torch.device("cpu"), False), Reporter(rank == 0))
+        assert target.exists() == (rank == 0), "only the first rank writes"
+    target.unlink()
+    target.mkdir()
+    report = Reporter(True)
+    report.open_files(copy)
+    write_page(copy, World("torchrun", 0, 0, 2, 2, torch.device("cpu"), False), report)
+    report.finish({}, 0)
+    assert "warning: report.html was not written (UserError" in capsys.readouterr().out
     assert "warning: report.html was not written" in (copy / "log.txt").read_text(encoding="utf-8")
 
 
@@ -375,8 +380,9 @@ def test_running_mean_is_that_of_the_last_values() -> None:
     assert running_mean(values, 2).tolist() == [1.0, 2.0, 3.0, 5.0, 6.0]
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 100, 20_000])
-@pytest.mark.parametrize("value", [0.0, 1e-7, 1.0, 1e6, float("nan")])
+@pytest.mark.parametrize(
+    ("num_steps", "value"), [(1, 1.0), (2, 0.0), (100, 1e-7), (100, 1e6), (100, float("nan")), (20_000, 1.0)]
+)
 def test_any_curve_can_be_drawn(num_steps: int, value: float) -> None:
     steps = np.arange(1, num_steps + 1)
     line = Line("train/loss", steps, np.full(num_steps, value), 0, rough=True)
@@ -386,12 +392,12 @@ def test_any_curve_can_be_drawn(num_steps: int, value: float) -> None:
 
 
 def test_a_model_of_many_parts_keeps_its_labels(tmp_path: Path) -> None:
-    parts = ["embeddings", *(f"block {i}" for i in range(48)), "neck", "head"]
-    phases = [(f"phase-{p}", [(0, 10) if i >= p * 4 else (10, 0) for i in range(len(parts))]) for p in range(12)]
+    parts = ["embeddings", *(f"block {i}" for i in range(24)), "neck", "head"]
+    phases = [(f"phase-{p}", [(0, 10) if i >= p * 4 else (10, 0) for i in range(len(parts))]) for p in range(6)]
     text = frozen_parts("parts", parts, phases)
     words = [element.text for element in ElementTree.fromstring(text).iter() if element.tag.endswith("}text")]
-    assert [str(i) for i in range(48)] == [word for word in words if word and word.isdigit()][-48:]
-    assert [f"phase-{p}" for p in range(12)] == [word for word in words if word and word.startswith("phase-")]
+    assert [str(i) for i in range(24)] == [word for word in words if word and word.isdigit()][-24:]
+    assert [f"phase-{p}" for p in range(6)] == [word for word in words if word and word.startswith("phase-")]
 
 
 def test_scores_that_are_no_classes_give_no_confusions(tmp_path: Path) -> None:
