@@ -57,10 +57,8 @@ def _train(spec: Spec, fresh: bool, world: World, report: Reporter, signals: Sto
     # every refusal of the user's input lies behind us: only now is anything written
     on_first(world, lambda: start_run_folder(spec, fresh, progress.step, progress.evaluated))
     report.open_files(job.folder)
-    on_first(world, lambda: write_start(job, provenance, stage))
+    on_first(world, lambda: write_start(job, provenance, stage, progress))
     report.open_trackers(spec, job.folder, plan.to_json())
-    if progress.attempts > 1:
-        report.log(progress.step, {"progress/attempt": progress.attempts})
     report.start_progress(plan.total_steps)
     saver = Saver(job, provenance, progress)
     stop = StopWish(world, signals, job.folder, spec.launch.time_limit, started_s, saver.every_s)

@@ -27,9 +27,11 @@ ALLOWED_KEYS = (
 STOP_FILE = "STOP"  # a user makes it to end a run with a checkpoint
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"  # what `evaluate` found, a line each
+ATTEMPTS = "attempts.jsonl"  # a line for each start: from which step, when, where
 JOB_SCRIPT = "job.sbatch"
 LOGS = "logs"  # the launcher's copies of what each rank printed
-STARTED_OVER = (METRICS, EVALUATIONS, "wandb.json", "freeze.json")  # made anew where a run starts from its first step
+# Made anew where a run starts from its first step.
+STARTED_OVER = (METRICS, EVALUATIONS, ATTEMPTS, "wandb.json", "freeze.json")
 PACKAGES = (
     "torch",
     "torchvision",

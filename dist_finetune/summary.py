@@ -1,4 +1,4 @@
-"""What a run says about itself: plan.json, freeze.json, environment.json at the start, summary.json at the end."""
+"""What a run says about itself: plan, freeze, environment and attempt at the start, summary.json at the end."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from dist_finetune.evaluate import Evaluation
 from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.models.card import Provenance
 from dist_finetune.peak_memory import peak_memory_gib
-from dist_finetune.run_folder import environment, read_summary, write_json
+from dist_finetune.run_folder import ATTEMPTS, environment, read_summary, write_json
 from dist_finetune.world import World, gather_objects
 
 
@@ -55,10 +55,18 @@ class Summary:
         return out
 
 
-def write_start(job: Job, provenance: Provenance, stage: Stage) -> None:
-    """plan.json, environment.json and freeze.json of a run that is about to train or to go on."""
+def write_start(job: Job, provenance: Provenance, stage: Stage, progress: Progress) -> None:
+    """plan.json, environment.json and freeze.json of a run that is about to train or to go on.
+
+    A line of attempts.jsonl says from which step it starts, when and where.
+    """
+    machine = environment()
     write_json(job.folder / "plan.json", job.plan.to_json())
-    write_json(job.folder / "environment.json", environment())
+    write_json(job.folder / "environment.json", machine)
+    attempt = {"attempt": progress.attempts, "step": progress.step, "time": time.time(), "host": machine["host"]}
+    attempt |= {"world_size": job.world.world_size, "strategy": job.plan.strategy}
+    with (job.folder / ATTEMPTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(attempt) + "\n")
     write_freeze(job, stage, dataclasses.asdict(provenance))
 
 

@@ -155,20 +155,13 @@ def memory_note(record: RunRecord) -> str:
 
 
 def attempts(record: RunRecord) -> list[dict[str, Any]]:
-    """The starts of the run, each with the step it went on from."""
-    resumes = {resume.attempt: resume for resume in record.metrics.resumes}
+    """The starts of the run: from which step, when, where, and the seconds since the last step that counts."""
     rows = []
-    for number in range(1, record.attempts + 1):
-        resume = resumes.get(number)
-        first = record.metrics.first_time if number == 1 else None
-        rows.append(
-            {
-                "number": number,
-                "step": 0 if number == 1 else resume.step if resume else None,
-                "time": clock(resume.time if resume else first),
-                "gap": duration(resume.gap_s) if resume else "",
-            }
-        )
+    for start in record.starts:
+        before = record.metrics.times[record.metrics.times < start["time"]]
+        gap = duration(start["time"] - before.max()) if len(before) and start["attempt"] > 1 else ""
+        place = f"{start.get('strategy')} x {start.get('world_size')} from {start.get('host')}"
+        rows.append({**start, "began": clock(start["time"]), "gap": gap, "place": place})
     return rows
 
 

@@ -9,20 +9,7 @@ from typing import Any
 import numpy as np
 
 WHOLE_BYTES = 25_000_000  # a larger file is thinned: a page shows no more points anyway
-# Rows that are never left out, by what their text holds.
-KEPT = ('"eval/', '"progress/attempt"')
-ATTEMPT = "progress/attempt"
-
-
-@dataclass(frozen=True)
-class Resume:
-    """A start after the first: its number, the optimizer step it went on from, and how long nothing was kept."""
-
-    attempt: int
-    step: int
-    time: float
-    gap_s: float
-    """Seconds from the last step that counts to this start: waiting, and work that was lost."""
+KEPT = '"eval/'  # rows that hold this are never left out
 
 
 @dataclass(frozen=True)
@@ -30,10 +17,9 @@ class Metrics:
     """Values by key against optimizer steps, in order of steps; times in seconds since the epoch."""
 
     series: dict[str, tuple[np.ndarray, np.ndarray]]
-    resumes: tuple[Resume, ...]
+    times: np.ndarray
+    """Of the rows, as read."""
     train_s: float
-    first_time: float | None
-    last_time: float | None
     stride: int
     """1, or k where one of k training steps was read."""
 
@@ -56,26 +42,21 @@ def read_metrics(path: Path) -> Metrics:
     """The rows of a metrics file; empty without one. A last line that was cut off is left out."""
     stride = max(1, -(-path.stat().st_size // WHOLE_BYTES)) if path.exists() else 1
     columns: dict[str, tuple[list[int], list[float]]] = {}
-    resumes: dict[int, Resume] = {}
-    first = last = None
+    times = []
     for row in _rows(path, stride) if path.exists() else ():
-        step, time = int(row["step"]), float(row.get("time", 0.0))
+        step = int(row["step"])
+        times.append(float(row.get("time", 0.0)))
         for key, value in row.items():
-            if key == ATTEMPT:
-                resumes[int(value)] = Resume(int(value), step, time, time - (last or time))
-            elif key not in ("step", "time") and isinstance(value, int | float):
+            if key not in ("step", "time") and isinstance(value, int | float):
                 steps, values = columns.setdefault(key, ([], []))
                 steps.append(step)
                 values.append(float(value))
-        first, last = time if first is None else first, time
     series = {key: _ordered(*column) for key, column in columns.items()}
     step_s = series.get("perf/step_s", (np.zeros(0), np.zeros(0)))[1]
     return Metrics(
         series=series,
-        resumes=tuple(resumes[attempt] for attempt in sorted(resumes)),
+        times=np.array(times),
         train_s=float(np.nansum(step_s)) * stride,
-        first_time=first,
-        last_time=last,
         stride=stride,
     )
 
@@ -85,7 +66,7 @@ def _rows(path: Path, stride: int) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file):
             last = line
-            if number % stride == 0 or any(key in line for key in KEPT):
+            if number % stride == 0 or KEPT in line:
                 last = ""
                 yield from _parsed(line)
     yield from _parsed(last)  # the end of the curve, where it was thinned out

@@ -161,9 +161,7 @@ def _run_plots(record: RunRecord) -> list[dict[str, Any]]:
     """Title, plot and words of each curve that the run has."""
     series = record.metrics.series
     starts = (phase["first_step"] for phase in record.plan.get("phases", ())[1:])
-    marks = Marks(
-        tuple(resume.step for resume in record.metrics.resumes), tuple(step for step in starts if step <= record.steps)
-    )
+    marks = Marks(record.resumed_at, tuple(step for step in starts if step <= record.steps))
     scores = [key for key in series if key.startswith("eval/") and key != "eval/loss"]
     plots = []
     for title, keys, unit, may_be_log, is_share in (

@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_finetune.errors import UserError
 from dist_finetune.html_report.metrics import Metrics, read_metrics
-from dist_finetune.run_folder import METRICS
+from dist_finetune.run_folder import ATTEMPTS, METRICS
 
 HEADLINE_METRICS = ("accuracy", "f1", "mcc", "r2", "loss")  # the first that a run has leads its page
 
@@ -23,6 +23,8 @@ class RunRecord:
     environment: dict[str, Any]
     summary: dict[str, Any]
     submissions: tuple[dict[str, Any], ...]
+    starts: tuple[dict[str, Any], ...]
+    """attempts.jsonl: attempt, step, time, host, world_size and strategy of each start."""
     metrics: Metrics
 
     @property
@@ -70,7 +72,12 @@ class RunRecord:
     @property
     def attempts(self) -> int:
         """Starts of the run, as far as its files tell."""
-        return int(self.summary.get("attempts", max((resume.attempt for resume in self.metrics.resumes), default=1)))
+        return int(self.summary.get("attempts", max((start["attempt"] for start in self.starts), default=1)))
+
+    @property
+    def resumed_at(self) -> tuple[int, ...]:
+        """Steps from which later attempts went on."""
+        return tuple(sorted({int(start["step"]) for start in self.starts if start["attempt"] > 1}))
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -91,6 +98,7 @@ def read_record(folder: Path) -> RunRecord:
         environment=_read_json(folder / "environment.json"),
         summary=_read_json(folder / "summary.json"),
         submissions=_read_lines(folder / "submissions.jsonl"),
+        starts=_read_lines(folder / ATTEMPTS),
         metrics=read_metrics(folder / METRICS),
     )
 
