@@ -23,9 +23,9 @@ from dist_finetune.models.card import ModelCard
 from dist_finetune.models.custom_model import custom_tokenizer_location
 from dist_finetune.models.demo import EFFICIENTNET
 from dist_finetune.models.fetch import count_tensors, weight_files
+from dist_finetune.models.hub import TIMM_HUB
 from dist_finetune.models.saved import saved_folder
 from dist_finetune.models.sources import build_model, describe_model, load_tokenizer
-from dist_finetune.models.timm_model import HUB_PREFIX
 from dist_finetune.models.transformers_config import source_folder
 from dist_finetune.spec import DataSpec, Spec
 from dist_finetune.spec_file import load_spec
@@ -138,7 +138,7 @@ def places() -> dict[str, str]:
 def _is_remote(card: ModelCard, spec: Spec) -> bool:
     if saved_folder(card.location) or Path(card.location).expanduser().is_dir():
         return False
-    if card.source == "transformers" or card.location.startswith(HUB_PREFIX):
+    if card.source == "transformers" or card.location.startswith(TIMM_HUB):
         return True
     return card.source in ("timm", "torchvision") and spec.model.weights == "pretrained" and card.name != EFFICIENTNET
 

@@ -75,6 +75,12 @@ def load_custom(card: ModelCard, spec: ModelSpec, classes: tuple[str, ...], seed
     return model, Provenance(card.name, None, files_sha256([file]), (file.name,), missing, head_kept)
 
 
+def files_custom(card: ModelCard) -> list[Path]:
+    """The weights of an exported folder; a function of the user's brings its own."""
+    folder = saved_folder(card.location)
+    return [folder / WEIGHTS] if folder else []
+
+
 def custom_tokenizer_location(card: ModelCard) -> str:
     """Hub id or folder of the tokenizer that the function names, or of the exported folder that holds one."""
     folder = saved_folder(card.location)

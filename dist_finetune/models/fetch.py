@@ -1,18 +1,14 @@
 """A model's weight files, brought here without reading them into memory."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from dist_finetune.errors import UserError
-from dist_finetune.models.card import ModelCard, Source
-from dist_finetune.models.saved import WEIGHTS, saved_folder
-from dist_finetune.models.timm_model import timm_files
-from dist_finetune.models.torchvision_model import torchvision_files
-from dist_finetune.models.transformers_model import transformers_files
+from dist_finetune.models.card import ModelCard
+from dist_finetune.models.sources import of_source
 from dist_finetune.models.weights import first_line, weights_file
 from dist_finetune.spec import ModelSpec
 
@@ -27,7 +23,7 @@ def weight_files(card: ModelCard, spec: ModelSpec) -> list[Path]:
     file = weights_file(spec.weights)
     if file is not None or spec.weights == "none":
         return [file] if file is not None else []
-    files = FILES[card.source](card)
+    files: list[Path] = of_source(card.source, "files")(card)
     shards = [match for path in files if (match := SHARD.fullmatch(path.stem))]
     if shards and len(shards) != int(shards[0][2]):
         there = ", ".join(str(int(match[1])) for match in shards)
@@ -47,17 +43,3 @@ def count_tensors(path: Path) -> int:
         return len(torch.load(path, map_location="meta", weights_only=True))
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: not a readable weight file (truncated?): {first_line(error)}") from None
-
-
-def _custom_files(card: ModelCard) -> list[Path]:
-    """Those of an exported folder; a function of the user's brings its own."""
-    folder = saved_folder(card.location)
-    return [folder / WEIGHTS] if folder else []
-
-
-FILES: dict[Source, Callable[[ModelCard], list[Path]]] = {
-    "transformers": transformers_files,
-    "timm": timm_files,
-    "torchvision": torchvision_files,
-    "custom": _custom_files,
-}

@@ -52,7 +52,7 @@ def build_model(card: ModelCard, spec: ModelSpec, classes: tuple[str, ...]) -> n
     return module
 
 
-def of_source(source: Source, verb: Literal["describe", "build", "load", "export"]) -> Callable[..., Any]:
+def of_source(source: Source, verb: Literal["describe", "build", "load", "export", "files"]) -> Callable[..., Any]:
     """`describe_timm`, `load_custom` and so on. timm and torchvision take seconds to import, which a run pays for the
     library that its model comes from, and for no other."""
     module = importlib.import_module(f"dist_finetune.models.{source}_model")

@@ -103,7 +103,7 @@ def load_timm(card: ModelCard, spec: ModelSpec, classes: tuple[str, ...], seed: 
     return model, Provenance(card.name, commit, files_sha256([file]), (file.name,), missing, head_kept)
 
 
-def timm_files(card: ModelCard) -> list[Path]:
+def files_timm(card: ModelCard) -> list[Path]:
     """The published weights, fetched where that is needed and possible. Raises UserError where they can't be had."""
     if card.name == EFFICIENTNET:
         return [efficientnet_file()]

@@ -87,7 +87,7 @@ def load_torchvision(
     return model, Provenance(card.name, None, files_sha256([file]), (file.name,), missing, head_kept)
 
 
-def torchvision_files(card: ModelCard) -> list[Path]:
+def files_torchvision(card: ModelCard) -> list[Path]:
     """The published or exported weights, fetched where that is needed and possible. Raises UserError."""
     folder = saved_folder(card.location)
     return [folder / WEIGHTS if folder else _published_file(built_by(card.location), card.name)]

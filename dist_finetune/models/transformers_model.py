@@ -74,7 +74,7 @@ def load_transformers(
         state = model.state_dict()
         return model, Provenance(card.name, commit_of(folder), tensors_sha256(state), (), tuple(state), False)
     file = weights_file(spec.weights)
-    files = [file] if file is not None else transformers_files(card)
+    files = [file] if file is not None else files_transformers(card)
     head = head_tensors(
         lambda n: _build(card, spec, classifier_config(card, spec, tuple(map(str, range(n))))), len(classes)
     )
@@ -236,7 +236,7 @@ def _reinitialize(model: PreTrainedModel, names: set[str]) -> set[str]:
     return renewed
 
 
-def transformers_files(card: ModelCard) -> list[Path]:
+def files_transformers(card: ModelCard) -> list[Path]:
     """The published weights, one file or all shards, fetched where the hub can be reached. Raises UserError where there
     are none.
     """

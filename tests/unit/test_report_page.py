@@ -301,14 +301,14 @@ def test_the_first_rank_writes_the_page_in_little_time_and_a_failure_is_a_warnin
     target.unlink()
     start = time.thread_time()
     for rank in (1, 0):
-        write_page(copy, World("torchrun", rank, rank, 2, 2, torch.device("cpu"), False), Reporter(rank == 0))
+        write_page(copy, World("torchrun", rank, rank, 2, 2, torch.device("cpu")), Reporter(rank == 0))
         assert target.exists() == (rank == 0), "only the first rank writes"
     assert time.thread_time() - start < 2
     target.unlink()
     target.mkdir()
     report = Reporter(True)
     report.open_files(copy)
-    write_page(copy, World("torchrun", 0, 0, 2, 2, torch.device("cpu"), False), report)
+    write_page(copy, World("torchrun", 0, 0, 2, 2, torch.device("cpu")), report)
     report.finish({}, 0)
     assert "warning: report.html was not written (UserError" in capsys.readouterr().out
     assert "warning: report.html was not written" in (copy / "log.txt").read_text(encoding="utf-8")
