@@ -97,7 +97,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": {"global_batch_size": 32, "micro_batch_size": 32, "epochs": 2, "lr": 1e-3},
         "checkpoint": {"every": "1 epoch", "keep": 3}, "shard": {"strategy": "ddp"}, "cache": "off",
         "phases": [{"name": "<b>head</b>", "freeze": "backbone", "epochs": 1, "lr": 1e-2},
-                   {"name": "$top", "freeze": {"embeddings": True, "layers": "0"}, "epochs": 1, "lr": 1e-4}],
+                   {"name": "$x_{1$ top", "freeze": {"embeddings": True, "layers": "0"}, "epochs": 1, "lr": 1e-4}],
     }  # fmt: skip
     config = {key: value for key, value in material.text(**changes).items() if key != "freeze"}
     path = write_config(place / "job.yaml", config, name="job", output=str(place / "runs"))
