@@ -71,7 +71,8 @@ def headline(record: RunRecord) -> list[Fact]:
         tiles.append(Fact("samples a second", f"{record.samples_per_s:,.1f}", record.samples_per_s, "while training"))
     verified = summary.get("num_frozen_tensors_verified")
     if verified is not None:
-        tiles.append(Fact("frozen tensors verified", f"{verified:,}", verified, "bit-identical at the end, by name"))
+        note = "bit-identical at the end, by name" if verified else "nothing was frozen at the end"
+        tiles.append(Fact("frozen tensors verified", f"{verified:,}", verified, note))
     else:
         tiles.append(Fact("frozen tensors verified", "not yet", None, "that is done as a run finishes"))
     return tiles

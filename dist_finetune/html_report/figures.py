@@ -113,16 +113,16 @@ def frozen_parts(name: str, parts: Sequence[str], phases: Sequence[tuple[str, Se
     `phases` holds (name, one (frozen, trainable) for each part). Bars show the last phase, and a strip for each phase
     what trains in it: there small parts are as wide as large ones.
     """
-    many = len(phases) > 1
+    last = f" in {_cut(phases[-1][0])}" if len(phases) > 1 else ""
     with _drawing(name):
         strip_in = 0.28 * len(phases)
         figure = Figure(figsize=(PAGE_IN, 2.7 + strip_in), layout="constrained")
         bars, strips = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, max(0.3, strip_in)])
         places = np.arange(len(parts))
         frozen, trainable = np.array(phases[-1][1], dtype=float).T
-        bars.bar(places, frozen, color=FROZEN, label="frozen", width=0.8)
-        bars.bar(places, trainable, bottom=frozen, color=TRAINABLE, label="trainable", width=0.8)
-        bars.set(ylabel=f"parameters, {_cut(phases[-1][0])}" if many else "parameters", xlim=(-0.6, len(parts) - 0.4))
+        bars.bar(places, frozen, color=FROZEN, label=f"frozen{last}", width=0.8)
+        bars.bar(places, trainable, bottom=frozen, color=TRAINABLE, label=f"trainable{last}", width=0.8)
+        bars.set(ylabel="parameters", xlim=(-0.6, len(parts) - 0.4))
         bars.set_ylim(0, 1.06 * float((frozen + trainable).max()))
         bars.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
         bars.grid(axis="x", visible=False)
