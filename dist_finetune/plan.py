@@ -19,7 +19,7 @@ from dist_finetune.errors import UserError
 from dist_finetune.freeze import Manifest
 from dist_finetune.fsdp_layout import FrozenLayout, fsdp_section
 from dist_finetune.memory.activations import fake_inputs
-from dist_finetune.memory.choice import USABLE_SHARE, Limits, RankMemory, choose_strategy
+from dist_finetune.memory.choice import USABLE_SHARE, Limits, RankMemory, choose_strategy, rows_in_caches
 from dist_finetune.memory.costs import Costs, PassRequest, plan_costs
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.sources import build_model, describe_model
@@ -202,7 +202,7 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
         spec.checkpoint.full,
     )
     strategy, reason = choose_strategy(spec.shard.strategy, costs.memory, limits)
-    batches = _plan_batches(spec, data, rows_per_rank, costs.memory[strategy].micro_batch_size)
+    batches = _plan_batches(spec, topology, data, rows_per_rank, costs.memory[strategy].micro_batch_size)
     deepspeed = tuple(deepspeed_settings(spec, strategy, batches, precision, phase.manifest) for phase in phases)
     cache = tuple(
         decide_cache(spec, phase.manifest, structure, phase.num_steps / batches.steps_per_epoch) for phase in phases
@@ -276,9 +276,14 @@ def _steps_per_epoch(spec: Spec, data: DataPlan) -> int:
     return -(-data.num_rows["train"] // spec.train.global_batch_size)
 
 
-def _plan_batches(spec: Spec, data: DataPlan, rows_per_rank: int, micro: int) -> BatchPlan:
+def _plan_batches(spec: Spec, topology: Topology, data: DataPlan, rows_per_rank: int, micro: int) -> BatchPlan:
     train, steps_per_epoch = spec.train, _steps_per_epoch(spec, data)
-    eval_batch = max(64, 2 * micro) if train.eval_batch_size == "auto" else train.eval_batch_size
+    if train.eval_batch_size != "auto":
+        eval_batch = train.eval_batch_size
+    elif topology.device == "cpu" and data.image_size:
+        eval_batch = rows_in_caches(data.image_size)
+    else:
+        eval_batch = max(64, 2 * micro)
     last = data.num_rows["train"] - (steps_per_epoch - 1) * train.global_batch_size
     return BatchPlan(train.global_batch_size, micro, rows_per_rank // micro, eval_batch, steps_per_epoch, last)
 

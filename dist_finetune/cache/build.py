@@ -82,8 +82,10 @@ def _build(
         part.mkdir()
 
     on_first(job.world, begin)
+    model.to(memory_format=torch.channels_last)  # only until it is sharded: ZeRO lays weights end to end
     for name, rows in job.splits.items():
         _fill(job, model, cut, rows, ShardWriter(part, name, job.world.rank, layouts[name]))
+    model.to(memory_format=torch.contiguous_format)
 
     def publish() -> None:
         shapes = {name: layout_json(layout) for name, layout in layouts.items()}

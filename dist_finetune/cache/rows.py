@@ -55,7 +55,8 @@ class CachedCollate:
                 row = row[-lengths[index] :] if self.pads_left else row[: lengths[index]]
             self.stored.read_into(index, row)
         if self.collate_text is None:
-            batch["inputs"] = activation
+            is_image = activation.dim() == 4
+            batch["inputs"] = activation.contiguous(memory_format=torch.channels_last) if is_image else activation
         else:
             batch["inputs"][ACTIVATION] = activation
         return batch

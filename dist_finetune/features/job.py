@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -25,7 +26,7 @@ from dist_finetune.spec import FreezeSpec, Spec, TrainSpec
 from dist_finetune.stage import load_base
 from dist_finetune.world import World, gather_objects, on_first, require_same, together
 
-BATCH_SIZE = {"cpu": 32, "cuda": 128}
+CUDA_BATCH_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def prepare_features(spec: Spec, tables: Tables, folder: Path, world: World, rep
     splits = together(lambda: encode_splits(plan, tables, tokenizer))
     model, provenance = load_base(plan)
     model.requires_grad_(False).eval().to(world.device)
+    model.to(memory_format=torch.channels_last)
     depths = find_depths(spec.features.at, plan.structure, model)
     _try_out(model, plan, depths, splits["train"], world)
     key = _key(spec, plan, provenance, splits, depths)
@@ -139,7 +141,7 @@ def _try_out(model: nn.Module, plan: Plan, depths: tuple[Depth, ...], rows: Rows
 def _key(
     spec: Spec, plan: Plan, provenance: Provenance, splits: dict[str, Rows], depths: tuple[Depth, ...]
 ) -> FeatureKey:
-    batch_size = spec.train.eval_batch_size
+    is_open = spec.train.eval_batch_size == "auto" and plan.topology.device == "cuda"
     return FeatureKey(
         weights_sha256=provenance.sha256,
         inputs_sha256=_inputs_sha256(plan, splits),
@@ -147,7 +149,7 @@ def _key(
         depths=tuple(depth.label for depth in depths),
         pool=spec.features.pool,
         precision=plan.precision,
-        batch_size=BATCH_SIZE[plan.topology.device] if batch_size == "auto" else batch_size,
+        batch_size=CUDA_BATCH_SIZE if is_open else plan.batches.eval_batch_size,
     )
 
 

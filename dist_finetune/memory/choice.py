@@ -13,6 +13,15 @@ COMFORTABLE_ROWS = 8  # below so many rows a pass, a GPU mostly waits for its ne
 # The largest micro-batch that `auto` takes, and the one it takes where no memory limit is known.
 AUTO_MICRO_BATCH = {"cpu": 32, "cuda": 64}
 GIB = 2**30
+CACHED_PIXELS = 4 * 224 * 224
+MOST_IMAGES = 64
+
+
+def rows_in_caches(image_size: tuple[int, int]) -> int:
+    """Images (H, W) that a CPU core takes at once in a pass without gradients: few enough for their activations to stay
+    in its caches. EfficientNet-Lite0 takes 18 ms an image in fours and 36 in sixty-fours, at 224 pixels."""
+    height, width = image_size
+    return max(4, min(MOST_IMAGES, CACHED_PIXELS // (height * width)))
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class JobProcess:
         more = {
             "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests" / "dist")]),
             TOKEN: self._token,
+            "PYTHONFAULTHANDLER": "1",
         }
         self.process = subprocess.Popen(
             command, cwd=folder, env=clean_environment(FAULTY_TOKENIZER=str(material.bert), **{**more, **env}),
@@ -53,7 +54,10 @@ class JobProcess:
         try:
             code = self.process.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {timeout_s} s:\n{self.output()[-3000:]}") from None
+            for pid in self.pids():
+                os.kill(pid, signal.SIGABRT)  # which has each process say where it is
+            time.sleep(2)
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.output()[-12000:]}") from None
         wait_for(lambda: not self.pids(), 10, lambda: f"processes are left: {self.pids()}")
         return code
 

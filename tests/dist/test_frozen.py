@@ -94,4 +94,5 @@ def test_frozen_batchnorm_normalises_by_stored_statistics(
         assert not torch.equal(free.weights()[name], source[name]), name
     assert {*statistics} <= {*held.summary["frozen_verified"]}
     assert not {*statistics} & {*free.summary["frozen_verified"]}
-    assert held.series("train/loss")[0] != free.series("train/loss")[0]
+    # the first loss is log(3) for both, as the new head is zeros: what it sees differs
+    assert held.series("train/grad_norm")[0] != free.series("train/grad_norm")[0]

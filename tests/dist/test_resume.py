@@ -148,7 +148,7 @@ def test_phases_go_on_where_they_were(material: Material, resume: Resume) -> Non
 
 @pytest.mark.slow
 def test_fifty_resumes_in_a_row(material: Material, resume: Resume) -> None:
-    config = with_dropout(material, "zero1", train={"epochs": 6, "lr": 1e-3, "eval_batch_size": 64})
+    config = with_dropout(material, "zero1", train={"epochs": 20, "lr": 1e-3, "eval_batch_size": 64})
     jobs = [("straight", config, {}), ("stopped", config, {"stops": [3] * 50})]
     (straight, stopped), results = resume(jobs, 2)
     assert len(results[1]["stops"]) == 50
