@@ -115,7 +115,7 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     ),
     "model not to be had": (
         setting("model", name="some-org/no-such-bert"),
-        ["some-org/no-such-bert", "On a machine with internet run", "HF_HOME"],
+        ["some-org/no-such-bert", "Where there is internet run `dist-finetune prepare CONFIG`", "HF_HOME"],
     ),
     "model folder missing": (setting("model", name="./models/bert"), ["model.name", "./models/bert"]),
     "timm name": (setting("model", name="timm:resnet5O"), ["resnet5O", "resnet50"]),
