@@ -1,6 +1,7 @@
 """The command line. Heavy imports stay inside the commands, so that `--help` and a wrong config answer at once."""
 
 import json
+import logging
 import os
 import re
 import sys
@@ -43,6 +44,24 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; a run folder o
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and ends the process: exit code 0 done, 1 failed, 2 wrong input, 75 stopped and resumable."""
+    try:
+        _main(arguments)
+    except SystemExit as end:
+        _leave_at_once(end.code)
+        raise
+
+
+def _leave_at_once(code: object) -> None:
+    """Ends a rank of several whose work is done. Threads of torch, DeepSpeed and gloo now and then abort ("terminate
+    called without an active exception") or hang while the interpreter takes itself apart, and hold the job."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and "torch" in sys.modules and isinstance(code, int | None):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        logging.shutdown()
+        os._exit(code or 0)
+
+
+def _main(arguments: Sequence[str] | None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Wherever it stands: who adds it repeats the last command.
     debug = ["--debug"] if "--debug" in given else []

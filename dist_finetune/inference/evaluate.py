@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,16 @@ Split = Literal["validation", "test"]
 
 
 @dataclass(frozen=True)
+class ClassScore:
+    """How a class fares: its rows, how many of those that are called so are so, how many of it are found."""
+
+    name: str
+    num_rows: int
+    precision: float
+    recall: float
+
+
+@dataclass(frozen=True)
 class RunEvaluation:
     """Metrics of a run's model on some rows, and the logits and labels that they follow from."""
 
@@ -34,6 +45,9 @@ class RunEvaluation:
     is_first: bool
     """True on the one rank that speaks to the user."""
     evaluation: Evaluation
+    calibration_error: float
+    """Mean distance between the confidence of an answer and how often it is right, in 15 bins (Guo et al. 2017)."""
+    classes: tuple[ClassScore, ...]
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -44,13 +58,19 @@ class RunEvaluation:
         """JSON values, without logits and labels."""
         out = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del out["evaluation"], out["is_first"]
-        return {**out, "folder": str(self.folder), "metrics": self.metrics}
+        classes = [dataclasses.asdict(score) for score in self.classes]
+        return {**out, "folder": str(self.folder), "metrics": self.metrics, "classes": classes}
 
     def lines(self) -> str:
         """For people."""
         where = f"{self.device}, {self.precision}" + (f", {self.world_size} processes" if self.world_size > 1 else "")
-        values = "\n".join(f"{name:<9} {value:.4f}" for name, value in self.metrics.items())
-        return f"{self.folder / 'model'} on {self.data} ({self.num_rows:,} rows; {where})\n{values}"
+        named = {**self.metrics, "calibration error": self.calibration_error}
+        values = "\n".join(f"{name:<17} {value:.4f}" for name, value in named.items())
+        width = max(len("class"), *(len(score.name) for score in self.classes))
+        table = [f"{'class':<{width}} {'rows':>7} {'precision':>9} {'recall':>7}"]
+        table += [f"{c.name:<{width}} {c.num_rows:>7,} {c.precision:>9.3f} {c.recall:>7.3f}" for c in self.classes]
+        head = f"{self.folder / 'model'} on {self.data} ({self.num_rows:,} rows; {where})"
+        return "\n".join([head, values, *table])
 
 
 def evaluate_run(folder: Path, data: str | None = None, split: Split | None = None) -> RunEvaluation:
@@ -66,6 +86,8 @@ def evaluate_run(folder: Path, data: str | None = None, split: Split | None = No
         name = data or split or ("test" if run.spec.data.test else "validation")
         table = together(lambda: _table(run, data, name))
         rows = together(lambda: run.encode(table))
+        evaluation = evaluate(run, rows, run.eval_batch_size, world)
+        calibration_error, classes = _scores(evaluation, run.data.classes)
         found = RunEvaluation(
             folder=folder,
             step=read_summary(folder).get("kept_step"),
@@ -75,10 +97,24 @@ def evaluate_run(folder: Path, data: str | None = None, split: Split | None = No
             device=world.device.type,
             world_size=world.world_size,
             is_first=world.is_first,
-            evaluation=evaluate(run, rows, run.eval_batch_size, world),
+            evaluation=evaluation,
+            calibration_error=calibration_error,
+            classes=classes,
         )
         on_first(world, lambda: _record(found))
     return found
+
+
+def _scores(evaluation: Evaluation, names: Sequence[str]) -> tuple[float, tuple[ClassScore, ...]]:
+    """Calibration error, and scores of each class; a class that is never called has a precision of zero."""
+    from torchmetrics.functional import classification  # which takes seconds to import
+
+    logits, labels, number = evaluation.logits, evaluation.labels, len(names)
+    error = classification.multiclass_calibration_error(logits.softmax(1), labels, number, n_bins=15).item()
+    precision = classification.multiclass_precision(logits, labels, number, average=None).tolist()
+    recall = classification.multiclass_recall(logits, labels, number, average=None).tolist()
+    counts = labels.bincount(minlength=number).tolist()
+    return error, tuple(map(ClassScore, names, counts, precision, recall))
 
 
 def _table(run: SavedRun, data: str | None, name: str) -> Dataset:

@@ -15,7 +15,7 @@ import timm
 import torch
 from material import NUM_VALIDATION, NUM_VALIDATION_IMAGES, Material, write_material, write_sentences
 from PIL import Image
-from sklearn.metrics import accuracy_score, f1_score, log_loss
+from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -129,10 +129,20 @@ def test_evaluate_gives_the_metrics_that_other_libraries_compute(
     assert 0 < expected["accuracy"] < 1
     found = evaluate_run(text_run)
     assert found.metrics == pytest.approx(expected, rel=1e-5)
+    right = {"zero_division": 0.0, "average": None, "labels": range(len(TEXT_CLASSES))}
+    assert [c.name for c in found.classes] == TEXT_CLASSES
+    assert [c.num_rows for c in found.classes] == [truth.count(i) for i in range(len(TEXT_CLASSES))]
+    assert [c.precision for c in found.classes] == pytest.approx(precision_score(truth, best, **right))
+    assert [c.recall for c in found.classes] == pytest.approx(recall_score(truth, best, **right))
     assert (found.data, found.num_rows) == ("validation", NUM_VALIDATION)
     torch.testing.assert_close(found.evaluation.logits, logits, rtol=1e-5, atol=1e-5)
     code, out, _ = ended(capsys, "evaluate", text_run, material.validation, "--json")
     assert (code, json.loads(out)["metrics"]) == (0, found.metrics)
+    confidence, answers = logits.softmax(1).max(1)
+    hits = answers == torch.tensor(truth)
+    bins = (confidence * 15).ceil()
+    gaps = [(hits[bins == b].float() - confidence[bins == b]).sum().abs() for b in bins.unique()]
+    assert json.loads(out)["calibration_error"] == pytest.approx(sum(gaps).item() / len(truth), abs=1e-5)
     written = [json.loads(line) for line in (text_run / "evaluations.jsonl").read_text().splitlines()][-2:]
     assert [(row["data"], row["metrics"]) for row in written] == [
         ("validation", found.metrics),
