@@ -141,7 +141,9 @@ def _try_out(model: nn.Module, plan: Plan, depths: tuple[Depth, ...], rows: Rows
 def _key(
     spec: Spec, plan: Plan, provenance: Provenance, splits: dict[str, Rows], depths: tuple[Depth, ...]
 ) -> FeatureKey:
-    is_open = spec.train.eval_batch_size == "auto" and plan.topology.device == "cuda"
+    batch_size = spec.train.eval_batch_size  # the plan's own spec has nothing about training in it
+    if batch_size == "auto":
+        batch_size = CUDA_BATCH_SIZE if plan.topology.device == "cuda" else plan.batches.eval_batch_size
     return FeatureKey(
         weights_sha256=provenance.sha256,
         inputs_sha256=_inputs_sha256(plan, splits),
@@ -149,7 +151,7 @@ def _key(
         depths=tuple(depth.label for depth in depths),
         pool=spec.features.pool,
         precision=plan.precision,
-        batch_size=CUDA_BATCH_SIZE if is_open else plan.batches.eval_batch_size,
+        batch_size=batch_size,
     )
 
 

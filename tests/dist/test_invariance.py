@@ -23,6 +23,7 @@ def _check(cases: list[Case], folder: Path, timeout_s: float) -> None:
     assert {result.case for result in compared} >= {case for case in cases if case.strategy != "ddp"}
 
 
+@pytest.mark.slow
 def test_a_few_ways_at_one_and_two_processes(tmp_path: Path) -> None:
     _check(few(NUM_FEW), tmp_path, 900)
 

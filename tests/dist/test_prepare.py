@@ -115,6 +115,7 @@ def test_without_hub_and_cache_it_says_so(material: Material, tmp_path: Path) ->
     assert len(done.stderr.splitlines()) < 8
 
 
+@pytest.mark.slow
 def test_a_config_of_local_things_is_proved_all_the_same(material: Material, tmp_path: Path) -> None:
     write_config(tmp_path / "c.yaml", material.text(), name="c")
     done = command(tmp_path, "prepare", "c.yaml")

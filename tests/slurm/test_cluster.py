@@ -79,7 +79,7 @@ def test_srun_starts_the_worker_itself(
     assert losses(run) == straight(path)
 
 
-@pytest.mark.parametrize("how", ["time limit", "scontrol requeue"])
+@pytest.mark.parametrize("how", ["time limit", pytest.param("scontrol requeue", marks=pytest.mark.slow)])
 def test_a_job_that_is_stopped_goes_on_where_it_was(
     cluster: Cluster, config: WriteConfig, straight: Straight, tmp_path: Path, how: str
 ) -> None:
