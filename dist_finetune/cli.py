@@ -47,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _main(arguments)
     except SystemExit as end:
-        _leave_at_once(end.code)
+        leave_at_once(end.code)
         raise
 
 
-def _leave_at_once(code: object) -> None:
+def leave_at_once(code: object) -> None:
     """Ends a rank of several whose work is done. Threads of torch, DeepSpeed and gloo now and then abort ("terminate
     called without an active exception") or hang while the interpreter takes itself apart, and hold the job."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1 and "torch" in sys.modules and isinstance(code, int | None):

@@ -15,6 +15,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 import torch.distributed as dist
 
+from dist_finetune.cli import leave_at_once
 from dist_finetune.drift import DriftCheck
 from dist_finetune.errors import DistFinetuneError
 from dist_finetune.run import train
@@ -49,3 +50,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_at_once(0)

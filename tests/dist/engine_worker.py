@@ -12,6 +12,7 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from dist_finetune.cli import leave_at_once
 from dist_finetune.engine.build import _check_held
 from dist_finetune.errors import TrainingError
 from dist_finetune.freeze import compile_freeze
@@ -56,3 +57,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_at_once(0)

@@ -17,6 +17,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch.distributed as dist
 
+from dist_finetune.cli import leave_at_once
 from dist_finetune.errors import DistFinetuneError
 from dist_finetune.run import train
 from dist_finetune.spec_file import load_spec
@@ -66,3 +67,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_at_once(0)

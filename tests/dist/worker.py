@@ -14,6 +14,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch.distributed as dist
 
+from dist_finetune.cli import leave_at_once
 from dist_finetune.errors import DistFinetuneError
 from dist_finetune.spec_file import load_spec
 from dist_finetune.task import run_task
@@ -39,3 +40,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_at_once(0)
