@@ -15,7 +15,7 @@ import typer
 from dist_finetune import __version__, cli_model, cli_report
 from dist_finetune.errors import DistFinetuneError, PlanError, UserError
 from dist_finetune.launchers.brought import brought_settings
-from dist_finetune.launchers.environment import refuse_run_in_many
+from dist_finetune.launchers.environment import refuse_run_in_many, world_from_environment
 from dist_finetune.launchers.local import count_gpus, launch_local, num_workers
 from dist_finetune.signals import follow_launcher, hold_back_signals
 
@@ -54,7 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def leave_at_once(code: object) -> None:
     """Ends a rank of several whose work is done. Threads of torch, DeepSpeed and gloo now and then abort ("terminate
     called without an active exception") or hang while the interpreter takes itself apart, and hold the job."""
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and "torch" in sys.modules and isinstance(code, int | None):
+    try:
+        is_one_of_several = world_from_environment(os.environ).world_size > 1
+    except UserError:
+        return  # which has been said
+    if is_one_of_several and "torch" in sys.modules and isinstance(code, int | None):
         sys.stdout.flush()
         sys.stderr.flush()
         logging.shutdown()

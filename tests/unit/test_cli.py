@@ -169,3 +169,13 @@ def test_launch_script_is_the_worker(config: str) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.endswith("override: unknown key train.lrr. Did you mean lr?\n")
+
+
+def test_a_launchers_bad_variable_is_refused_in_words(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "two"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = ended(capsys, "train", config)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "WORLD_SIZE='two' in the environment is no whole number" in err
