@@ -56,6 +56,12 @@ def _problems(
         )
     if rounded and spec.checkpoint.full:
         yield "checkpoint.full would store the rounded weights of freeze.dtype: bf16; leave one of them out"
+    statistics = [r.name for p in phases for r in p.manifest.records if r.kind == "buffer" and not r.frozen]
+    if spec.train.max_skipped and any("running_" in name for name in statistics):
+        yield (
+            "train.max_skipped can't work with BatchNorm that trains: the batch of a step that is left out has already "
+            "moved its statistics; freeze the norms, or leave it out"
+        )
     for name in ("gradient_checkpointing", "compile"):
         if getattr(spec.train, name) and not structure.blocks:
             yield f"train.{name} works block by block, and no blocks were found in this model; remove it"

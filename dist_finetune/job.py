@@ -86,6 +86,8 @@ class Progress:
     best_step: int = 0
     without_gain: int = 0
     """Evaluations since the best one."""
+    skipped: int = 0
+    """Steps left out because their loss or gradients were not finite."""
     train_s: float = 0.0
     cache_s: float = 0.0
     attempts: int = 1

@@ -22,7 +22,7 @@ LAYOUT_KEYS = (
 )  # fmt: skip
 ALLOWED_KEYS = (
     "train.epochs", "train.max_steps", "train.lr", "train.head_lr", "train.schedule", "train.warmup",
-    "train.weight_decay", "train.max_grad_norm", "train.early_stop", "train.precision",
+    "train.weight_decay", "train.max_grad_norm", "train.early_stop", "train.max_skipped", "train.precision",
 )  # fmt: skip
 STOP_FILE = "STOP"  # a user makes it to end a run with a checkpoint
 METRICS = "metrics.jsonl"

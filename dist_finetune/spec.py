@@ -162,6 +162,8 @@ class TrainSpec(Section):
     """Recompute the blocks above the first trainable one in the backward pass instead of keeping their activations."""
     compile: bool = False
     """Compile each block with torch.compile; the first steps take longer."""
+    max_skipped: Annotated[int, Field(ge=0)] = 0
+    """Steps that may be left out because their loss or gradients are not finite; the next one ends the run."""
     early_stop: PositiveInt | None = None
     """Stop after so many epochs without a better validation score."""
     log_every: PositiveInt = 10

@@ -32,6 +32,8 @@ class Summary:
     """Step of the exported model: the last, or the best where `checkpoint.best` asks for it."""
     phases: tuple[dict[str, Any], ...]
     stopped_early: bool
+    skipped: int
+    """Steps left out because their loss or gradients were not finite (`train.max_skipped`)."""
     train_s: float
     cache_s: float
     """Seconds that filling the cache of the frozen prefix took, on top of `train_s`."""
@@ -114,6 +116,7 @@ def summarise(
         kept_step=kept_step,
         phases=tuple(progress.phases_done),
         stopped_early=progress.step < plan.total_steps,
+        skipped=progress.skipped,
         train_s=round(progress.train_s, 3),
         cache_s=round(progress.cache_s, 3),
         total_s=round(total_s, 3),

@@ -117,7 +117,7 @@ def _train_step(
     windows and uneven shares weigh every sample the same; times world size, because engines average over ranks.
     """
     world, engine, phase = job.world, stage.engine, stage.phase
-    torch.manual_seed(_seed_of(job.plan.spec.train.seed, step.step, world.rank))
+    _seed(_seed_of(job.plan.spec.train.seed, step.step, world.rank), world.device)
     lr = set_lr(engine.param_groups, lr_factor(phase_step, phase.num_steps, phase.warmup_steps, phase.schedule))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for i, micro in enumerate(step.micro_batches):
@@ -134,6 +134,13 @@ def _train_step(
     average_statistics(stage.statistics)
     log.losses.append(total / step.num_samples)
     log.steps.append((step, lr))
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seeds what a step draws from. `torch.manual_seed` asks every kind of device, which takes a millisecond."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _seed_of(seed: int, step: int, rank: int) -> int:
@@ -153,18 +160,13 @@ def _flush(log: StepLog, job: Job, progress: Progress) -> None:
     num_trainable = job.plan.phases[progress.phase].manifest.num_trainable
     peak_gib = round(peak_memory_gib(job.world.device), 4)
     for (step, lr), loss, norm in zip(log.steps, losses, norms, strict=True):
-        skipped = job.plan.precision == "fp16" and not all_finite([norm])  # a smaller loss scale comes next
-        if not all_finite([loss]) or not (skipped or all_finite([norm])):
-            raise TrainingError(
-                f"step {step.step + 1}: train/loss is {loss}, train/grad_norm is {norm}. Nothing was saved since; go "
-                f"on from before with a lower rate (now {lr:.3g}): "
-                f"dist-finetune resume {job.folder} --allow train.lr=..., "
-                "or start anew with a longer train.warmup or train.precision=fp32"
-            )
+        skipped = not all_finite([norm])
+        if skipped or not all_finite([loss]):
+            _count_skipped(job, progress, step.step, lr, loss, norm)
         job.report.log(
             step.step + 1,
             {
-                "train/loss": loss,
+                **({"train/loss": loss} if all_finite([loss]) else {}),
                 "train/lr": lr,
                 **({"train/skipped": 1} if skipped else {"train/grad_norm": norm}),
                 "perf/samples_per_s": samples / elapsed,
@@ -179,6 +181,23 @@ def _flush(log: StepLog, job: Job, progress: Progress) -> None:
     log.norms.clear()
     log.steps.clear()
     log.started_s = time.perf_counter()
+
+
+def _count_skipped(job: Job, progress: Progress, step: int, lr: float, loss: float, norm: float) -> None:
+    """Notes a step that the engines left out. Raises TrainingError where it may not be, or they have not."""
+    if job.plan.precision == "fp16" and all_finite([loss]):
+        return  # gradients beyond fp16's range: a smaller loss scale comes next
+    allowed = job.plan.spec.train.max_skipped
+    if progress.skipped < allowed and not all_finite([norm]):
+        progress.skipped += 1
+        job.report.say(f"note: step {step + 1} left out: train/loss is {loss} ({progress.skipped} of {allowed} may be)")
+        return
+    before = f" {progress.skipped} steps had been left out before (train.max_skipped)." if progress.skipped else ""
+    raise TrainingError(
+        f"step {step + 1}: train/loss is {loss}, train/grad_norm is {norm}.{before} Nothing was saved since; go on "
+        f"from before with a lower rate (now {lr:.3g}): dist-finetune resume {job.folder} --allow train.lr=..., leave "
+        "such steps out with train.max_skipped=10, or start anew with a longer train.warmup or train.precision=fp32"
+    )
 
 
 def _samples_after(steps: int, job: Job) -> int:

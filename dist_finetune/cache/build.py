@@ -83,13 +83,17 @@ def _build(
 
     on_first(job.world, begin)
     model.to(memory_format=torch.channels_last)  # only until it is sharded: ZeRO lays weights end to end
+    seconds = {}
     for name, rows in job.splits.items():
+        started = time.perf_counter()
         _fill(job, model, cut, rows, ShardWriter(part, name, job.world.rank, layouts[name]))
+        seconds[name] = round(time.perf_counter() - started, 3)
     model.to(memory_format=torch.contiguous_format)
 
     def publish() -> None:
         shapes = {name: layout_json(layout) for name, layout in layouts.items()}
-        write_json(part / META, {"source": job.plan.card.name, "made_from": source, "splits": shapes})
+        told = {"source": job.plan.card.name, "made_from": source, "splits": shapes, "seconds": seconds}
+        write_json(part / META, told)
         if not folder.exists():  # another job may have been faster
             part.rename(folder)
         shutil.rmtree(part, ignore_errors=True)

@@ -5,7 +5,8 @@ every frozen module before it by one that does nothing; whatever the forward doe
 no model family needs code of its own, and `build` proves the result on real rows before it is used.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +136,15 @@ class _Channel:
     def __init__(self) -> None:
         self.activation = torch.empty(0)
         self.batch: tuple[int, ...] = (1,)
+        self._zeros = torch.empty(0)
+
+    def zeros(self, shape: Sequence[int]) -> torch.Tensor:
+        """Zeros for any number of skipped modules at once: one buffer, as large as the largest so far."""
+        needed, activation = math.prod(shape), self.activation
+        if self._zeros.numel() < needed or self._zeros.device != activation.device:
+            with torch.inference_mode(False):  # it outlives an evaluation, and may be written to in place
+                self._zeros = torch.zeros(needed, dtype=activation.dtype, device=activation.device)
+        return self._zeros[:needed].view(shape)
 
     def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if ACTIVATION in kwargs:
@@ -148,22 +158,17 @@ class _Channel:
 class _Skip(nn.Module):
     """In the place of a frozen module before the cut: zeros of the right shape, whose values nobody reads.
 
-    Image models get a batch of one, kept from call to call, so that what lies between skipped modules costs little.
+    Image models get a batch of one, so that what lies between skipped modules costs little.
     """
 
     def __init__(self, channel: _Channel, stand_in: StandIn) -> None:
         super().__init__()
         self._channel, self._stand_in = channel, stand_in
-        self._zeros = torch.empty(0)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         batch = self._channel.batch[: len(self._stand_in.shape) - 1]
-        shape = (*batch, *self._stand_in.shape[len(batch) :])
-        activation = self._channel.activation
-        if self._zeros.shape != shape or self._zeros.device != activation.device:
-            with torch.inference_mode(False):  # it outlives an evaluation, and may be written to in place
-                self._zeros = torch.zeros(shape, dtype=activation.dtype, device=activation.device)
-        return (self._zeros,) if self._stand_in.returns_tuple else self._zeros
+        zeros = self._channel.zeros((*batch, *self._stand_in.shape[len(batch) :]))
+        return (zeros,) if self._stand_in.returns_tuple else zeros
 
 
 class _Inject(nn.Module):

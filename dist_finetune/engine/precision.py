@@ -31,7 +31,8 @@ def autocast_in(precision: Literal["fp32", "bf16", "fp16"], device: str) -> Call
 
 class LossScale:
     """Scales the loss in fp16, whose smallest numbers gradients fall below. Halves after gradients that overflowed,
-    whose step is left out at every rank, and doubles after `GROWTH_STEPS` good ones. 1 at other precisions.
+    whose step is left out at every rank, and doubles after `GROWTH_STEPS` good ones. 1 at other precisions, where
+    `train.max_skipped` may leave out steps too.
 
     torch's GradScaler looks for overflow in each rank's own gradients; the global norm, which is computed anyway, says
     it on every rank alike, wherever shards lie.
@@ -39,6 +40,7 @@ class LossScale:
 
     def __init__(self, plan: Plan) -> None:
         self._is_on = plan.precision == "fp16"
+        self._may_skip = self._is_on or plan.spec.train.max_skipped > 0
         self.scale = FIRST_SCALE if self._is_on else 1.0
         self._good_steps = 0
 
@@ -63,13 +65,17 @@ class LossScale:
                 grad.mul_(1.0 / self.scale)
 
     def allows_step(self, norm: torch.Tensor) -> bool:
-        """False, and a smaller scale, where gradients of global norm `norm` overflowed. Waits for the device in fp16.
+        """False, and in fp16 a smaller scale, where gradients of global norm `norm` are not finite. Waits for the
+        device only where a step may be left out.
 
         Raises TrainingError where no scale is small enough.
         """
-        if not self._is_on:
+        if not self._may_skip:
             return True
-        if torch.isfinite(norm):
+        is_finite = bool(torch.isfinite(norm))
+        if not self._is_on:
+            return is_finite
+        if is_finite:
             self._good_steps += 1
             if self._good_steps % GROWTH_STEPS == 0:
                 self.scale *= 2.0

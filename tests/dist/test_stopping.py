@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import read_json
+from harness import Job, RunJobs, read_json
 from job_process import (
     HANDLED,
     JobProcess,
@@ -248,3 +248,21 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_what_was_before(
     assert read_json(run / "summary.json")["status"] == "failed"
     with started(run_command(config), tmp_path, material) as job:
         assert job.wait(60) == 0
+
+
+def test_a_bounded_number_of_such_steps_can_be_left_out(material: Material, runs: RunJobs) -> None:
+    """The first pass of the fault's rank is in every run; weights and moments stay finite, and the count is told."""
+    fault = json.dumps({"kind": "nan", "rank": 1, "call": 7})
+    small = {"epochs": 2, "max_skipped": 1}
+    jobs = [
+        Job(strategy, faulty_config(material, train=small, shard={"strategy": strategy}))
+        for strategy in ("ddp", "zero2", "zero3", "fsdp")
+    ]
+    done = runs(jobs, 2, FAULT=fault)
+    for strategy, run in done.items():
+        assert run.summary["skipped"] == 1, strategy
+        assert run.summary["steps"] == 20
+        assert len(run.series("train/loss")) == 19
+        assert run.series("train/skipped") == [1]
+        assert all(weight.isfinite().all() for weight in run.weights().values())
+        assert run.series("train/loss") == pytest.approx(done["ddp"].series("train/loss"), rel=1e-5)

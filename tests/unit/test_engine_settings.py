@@ -93,6 +93,13 @@ def test_auto_chooses_among_what_can_work(config: Path, overrides: list[str], po
     assert plan.strategy in possible
 
 
+def test_steps_are_not_left_out_where_batchnorm_has_seen_them() -> None:
+    cnn = Path(__file__).parents[2] / "configs" / "quickstart_cnn.yaml"
+    with pytest.raises(UserError, match="train.max_skipped can't work with BatchNorm that trains"):
+        plan_of(cnn, "freeze=none", "train.max_skipped=3")
+    assert plan_of(cnn, "freeze=backbone", "train.max_skipped=3").spec.train.max_skipped == 3
+
+
 def test_all_problems_are_told_at_once(config: Path) -> None:
     with pytest.raises(UserError) as error:
         plan_of(config, "shard.strategy=ddp", "shard.offload=parameters", "shard.frozen=shard")
