@@ -27,7 +27,7 @@ from dist_finetune.world import World, join_world
 def look(config: str, strategy: str, world: World) -> dict[str, Any]:
     job = _prepare(load_spec(config, [f"shard.strategy={strategy}"]), world, Reporter(is_first=False))
     phase = job.plan.phases[0]
-    model, _ = load_base(job.plan)
+    model, _ = load_base(job.plan, job.world, job.report)
     wider = compile_freeze(FreezeSpec(rule="backbone"), job.plan.structure, model)
     engine = open_stage(job, phase, None, model).engine
     held = engine.held()
