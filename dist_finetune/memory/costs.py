@@ -37,7 +37,8 @@ class Costs:
     """Why the model can't be run on fake tensors."""
     checkpoint_bytes: int
     host_bytes_per_node: int
-    """Host memory at load, at most: one process of a node reads the whole model in fp32, the others share it."""
+    """Host memory at load, at most: one process of a node reads the whole model in fp32, the others share it. A resume
+    adds, on each process until it has sharded them, the weights that were trained."""
     forecast: Forecast | None
     frozen_layout: FrozenLayout
     """Under fsdp: replicated where asked for or where it fits, else shared out."""
