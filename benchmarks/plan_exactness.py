@@ -129,6 +129,7 @@ def run_case(spec: Any, world: Any, tables: Any) -> tuple[dict[str, int], dict[s
     from dist_finetune.memory.held import held_bytes
     from dist_finetune.optim import build_optimizer
     from dist_finetune.plan import Topology, plan_run
+    from dist_finetune.report import Reporter
     from dist_finetune.stage import load_base
 
     plan = plan_run(spec, Topology(1, world.world_size, "cpu"), tables, measure=True)
@@ -139,7 +140,7 @@ def run_case(spec: Any, world: Any, tables: Any) -> tuple[dict[str, int], dict[s
 
     older = lasting_storages()  # DeepSpeed's stage 3 leaves an earlier case's shards behind; they are not this one's
     accelerator = open_accelerator(plan, phase, world)
-    model, _ = load_base(plan)
+    model, _ = load_base(plan, world, Reporter(is_first=False))
     apply_freeze(model, phase.manifest)
     batch, labels = real_batch(plan)
     train_mode(model, phase.manifest)

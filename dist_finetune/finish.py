@@ -58,5 +58,5 @@ def finish_run(
 def _reopen(job: Job, saver: Saver, step: int) -> Stage:
     """The stage as it was at the checkpoint of `step`."""
     checkpoint = saver.saved_at(step)
-    model, _ = load_base(job.plan)
+    model, _ = load_base(job.plan, job.world, job.report)
     return open_stage(job, job.plan.phases[checkpoint.state["progress"]["phase"]], checkpoint, model)

@@ -15,11 +15,20 @@ def require_gradients(model: nn.Module, batch: Batch, world: World) -> None:
     outside the loss, which DDP would answer with "Expected to have finished reduction" (pytorch#43259).
     """
     model.eval()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    reached: set[int] = set()
+
+    def note(parameter: nn.Parameter) -> None:
+        reached.add(id(parameter))
+        parameter.grad = None  # at once: all of them would take as much memory as the model, on every rank
+
+    handles = [p.register_post_accumulate_grad_hook(note) for p in trainable.values()]
     logits = forward_logits(model, batch["inputs"])
     nn.functional.cross_entropy(logits.float(), batch["labels"], reduction="sum").backward()
-    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    model.zero_grad(set_to_none=True)
-    unused = sorted({name for names in gather_objects(unused) for name in names})
+    for handle in handles:
+        handle.remove()
+    missed = [name for name, p in trainable.items() if id(p) not in reached]
+    unused = sorted({name for names in gather_objects(missed) for name in names})
     if unused:
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         raise UserError(

@@ -198,7 +198,6 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
         PassRequest(fake_inputs(card, data.max_length, data.image_size), spec.train.gradient_checkpointing, compare)
         if measure
         else None,
-        topology.processes_per_node,
         spec.checkpoint.full,
     )
     strategy, reason = choose_strategy(spec.shard.strategy, costs.memory, limits)

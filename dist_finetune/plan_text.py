@@ -141,8 +141,8 @@ def cost_lines(plan: Plan) -> list[str]:
     """What a run takes besides GPU memory, and what its freeze gains."""
     costs = plan.costs
     lines = [
-        f"checkpoint {_mib(costs.checkpoint_bytes)} MiB on disk; at load {_mib(costs.host_bytes_per_node)} MiB of host "
-        "memory a node"
+        f"checkpoint {_mib(costs.checkpoint_bytes)} MiB on disk; at load at most {_mib(costs.host_bytes_per_node)} MiB "
+        "of host memory a node, whatever its number of processes"
     ]
     gain = costs.forecast
     if gain and gain.speedup > 1:

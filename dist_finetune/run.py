@@ -51,7 +51,7 @@ def _train(spec: Spec, fresh: bool, world: World, report: Reporter, signals: Sto
     """Plan; then for each phase load, freeze, optimizer, shard, train, prove; then save what came of it."""
     job = _prepare(spec, world, report)
     plan = job.plan
-    model, provenance = load_base(plan)
+    model, provenance = load_base(plan, world, report)
     checkpoint, progress = find_start(job, provenance, fresh)
     stage = open_stage(job, plan.phases[progress.phase], checkpoint, model)
     # every refusal of the user's input lies behind us: only now is anything written

@@ -27,7 +27,7 @@ def save_model(job: Job, stage: Stage, evaluations: Mapping[str, Evaluation]) ->
     verify_frozen(stage.engine, stage.held_digests, world)
     state = {name: t for name, t in gather_state(stage.engine, world).items() if name not in stage.rounded}
     if stage.has_tail_only or stage.rounded:
-        base, _ = load_base(plan)
+        base, _ = load_base(plan, world, job.report)
         state = _with_dropped(stage, base, state) if world.is_first else {}
     folder = job.folder / "model"
     on_first(world, lambda: export_model(plan.card, plan.spec.model, plan.data.classes, state, folder, job.tokenizer))

@@ -21,18 +21,29 @@ from dist_finetune.evaluate import to_device
 from dist_finetune.freeze import apply_freeze
 from dist_finetune.gradients import require_gradients
 from dist_finetune.job import Job, Progress, Stage
+from dist_finetune.load_once import load_once_a_node
 from dist_finetune.models.card import Provenance
 from dist_finetune.models.load import load_model
+from dist_finetune.models.sources import build_model
 from dist_finetune.optim import build_optimizer
 from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
 from dist_finetune.proof import digest_frozen, digest_tensor
-from dist_finetune.world import together
+from dist_finetune.report import Reporter
+from dist_finetune.world import World
 
 
-def load_base(plan: Plan) -> tuple[nn.Module, Provenance]:
-    """The model with its base weights, whole, on the CPU of every rank. Collective."""
-    return together(lambda: load_model(plan.card, plan.spec.model, plan.data.classes, plan.spec.train.seed))
+def load_base(plan: Plan, world: World, report: Reporter) -> tuple[nn.Module, Provenance]:
+    """The model with its base weights, whole, on the CPU of every rank, its memory shared within a node. Collective."""
+    model, classes = plan.spec.model, plan.data.classes
+    module, provenance, problem = load_once_a_node(
+        lambda: load_model(plan.card, model, classes, plan.spec.train.seed),
+        lambda: build_model(plan.card, model, classes),
+        world,
+    )
+    if problem:
+        report.notes([f"each process holds a whole model in host memory at load: {problem}"])
+    return module, provenance
 
 
 def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model: nn.Module) -> Stage:
@@ -88,5 +99,5 @@ def _cached(
 def next_stage(job: Job, stage: Stage, progress: Progress, saver: Saver) -> Stage:
     """Ends a stage and opens the phase that `progress` has moved on to, from the checkpoint that was saved last."""
     stage.engine.close()
-    model, _ = load_base(job.plan)
+    model, _ = load_base(job.plan, job.world, job.report)
     return open_stage(job, job.plan.phases[progress.phase], saver.settled(), model)

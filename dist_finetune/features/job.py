@@ -83,7 +83,7 @@ def prepare_features(spec: Spec, tables: Tables, folder: Path, world: World, rep
     require_same("the plan", plan.digest(), "Give every rank the same config, data and package versions.")
     tokenizer = together(lambda: load_tokenizer(plan.card)) if plan.card.modality == "text" else None
     splits = together(lambda: encode_splits(plan, tables, tokenizer))
-    model, provenance = load_base(plan)
+    model, provenance = load_base(plan, world, report)
     model.requires_grad_(False).eval().to(world.device)
     model.to(memory_format=torch.channels_last)
     depths = find_depths(spec.features.at, plan.structure, model)

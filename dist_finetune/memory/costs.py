@@ -18,6 +18,7 @@ from dist_finetune.phases import PhasePlan
 from dist_finetune.recompute import recomputed_blocks
 from dist_finetune.spec import Strategy
 
+HOST_COPIES = 2  # in passing: the tensors of a file beside the model's, or the model beside what its node shares
 FIT_ROWS = (2, 4)  # bytes grow evenly with the rows; a single row may take other kernels
 
 
@@ -36,7 +37,8 @@ class Costs:
     """Why the model can't be run on fake tensors."""
     checkpoint_bytes: int
     host_bytes_per_node: int
-    """Host memory at load: every rank reads the whole model in fp32 before it is moved or sharded."""
+    """Host memory at load, at most: one process of a node reads the whole model in fp32, the others share it. A resume
+    adds, on each process until it has sharded them, the weights that were trained."""
     forecast: Forecast | None
     frozen_layout: FrozenLayout
     """Under fsdp: replicated where asked for or where it fits, else shared out."""
@@ -61,7 +63,6 @@ def plan_costs(
     micro_batch_size: int | Literal["auto"],
     autocast: bool,
     request: PassRequest | None,
-    processes_per_node: int,
     full_checkpoint: bool,
 ) -> Costs:
     """The costs of training `phase` of a model on the meta device, under every strategy that is a key of `layouts`.
@@ -105,7 +106,7 @@ def plan_costs(
         other_activations=_line([(p.micro_batch_size, p.peak_bytes) for p in other if isinstance(p, Pass)]),
         activations_unknown=passes if isinstance(passes, str) else None,
         checkpoint_bytes=checkpoint_bytes(model, manifest, full_checkpoint),
-        host_bytes_per_node=processes_per_node * sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
+        host_bytes_per_node=HOST_COPIES * sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
         forecast=forecast(measured[0], manifest, structure) if measured else None,
         frozen_layout=frozen_layout,
     )

@@ -27,10 +27,12 @@ from dist_finetune.world import World, join_world
 def look(config: str, strategy: str, world: World) -> dict[str, Any]:
     job = _prepare(load_spec(config, [f"shard.strategy={strategy}"]), world, Reporter(is_first=False))
     phase = job.plan.phases[0]
-    model, _ = load_base(job.plan)
+    model, _ = load_base(job.plan, job.world, job.report)
+    replicated = len(phase.manifest.frozen) if job.plan.costs.frozen_layout == "replicate" else 0
     wider = compile_freeze(FreezeSpec(rule="backbone"), job.plan.structure, model)
     engine = open_stage(job, phase, None, model).engine
     held = engine.held()
+    mapped = sum("dist-finetune-" in line for line in Path("/proc/self/maps").read_text().splitlines())
     try:
         _check_held(engine, strategy, wider, world)
         refusal = ""
@@ -45,6 +47,7 @@ def look(config: str, strategy: str, world: World) -> dict[str, Any]:
     return {
         "fragments": fragments, "optimizer": held.optimizer, "gradients": held.gradients, "padding": held.padding,
         "trainable": phase.manifest.trainable, "sizes": sizes, "refusal": refusal,
+        "mapped": mapped, "buffers": len(list(model.buffers())), "replicated": replicated,
     }  # fmt: skip
 
 

@@ -68,6 +68,16 @@ def test_counts_are_the_plans_and_padding(
     assert max(rank["optimizer"] for rank in ranks) < trainable or num_processes == 1
 
 
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp"])
+def test_no_whole_tensor_of_the_load_outlives_sharding(held: dict[int, list[dict[str, Any]]], strategy: str) -> None:
+    """A process that reads alone maps nothing; of a node's shared tensors stay those that each rank keeps whole."""
+    assert held[1][0][strategy]["mapped"] == 0
+    for rank in held[2]:
+        found = rank[strategy]
+        whole = found["buffers"] + (found["replicated"] if strategy == "fsdp" else 0)
+        assert found["mapped"] <= whole < len(found["sizes"])
+
+
 @pytest.mark.parametrize(("num_processes", "strategy"), WAYS)
 def test_the_check_refuses_what_another_freeze_would_hold(
     held: dict[int, list[dict[str, Any]]], num_processes: int, strategy: str
