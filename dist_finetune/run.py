@@ -63,7 +63,7 @@ def _train(spec: Spec, fresh: bool, world: World, report: Reporter, signals: Sto
     saver = Saver(job, provenance, progress)
     stop = StopWish(world, signals, job.folder, spec.launch.time_limit, started_s, saver.every_s)
     end = partial(write_end, job.folder, "failed", world=world)
-    with saver, Watchdog(world, job.folder, spec.launch.timeout, lambda: stop.num_calls, end):
+    with saver, Watchdog(world, job.folder, spec.launch, lambda: stop.num_calls, end):
         while True:
             last = fit(job, stage, progress, saver, stop)
             verify_frozen(stage.engine, stage.held_digests, world)

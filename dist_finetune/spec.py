@@ -242,7 +242,9 @@ class LaunchSpec(Section):
     cpu_threads: AutoOrPositive = "auto"
     """Threads a rank uses for CPU work; auto: cores of the node divided by its ranks."""
     timeout: DurationS = 1800.0
-    """Seconds (or "30 min") that a collective waits for an absent rank."""
+    """Seconds (or "30 min") that a collective of a training or evaluation step waits for an absent rank."""
+    file_timeout: DurationS = 7200.0
+    """The same where ranks wait for one that reads or writes files: data, weights, cache, checkpoints, the model."""
     join_timeout: DurationS = 180.0
     """Seconds that ranks wait for each other at the start; then the absent ones are named."""
     time_limit: DurationS | None = None

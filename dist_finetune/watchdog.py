@@ -2,8 +2,8 @@
 
 A thread on each rank writes down what its main thread is doing, into a small file of the run folder, which also works
 where the rendezvous store hangs together with rank 0. Where a rank's own loop has not moved for most of
-`launch.timeout`, its thread reads the others' files and ends the process with a message, before the collective's own
-timeout, which could not say who is absent.
+`launch.timeout` (of `launch.file_timeout`, where ranks wait for one that reads or writes), its thread reads the others'
+files and ends the process with a message, before the collective's own timeout, which could not say who is absent.
 """
 
 import contextlib
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Self
 
 from dist_finetune.errors import TrainingError
-from dist_finetune.world import World
+from dist_finetune.spec import LaunchSpec
+from dist_finetune.world import World, waits_for_files
 
 FOLDER = "ranks"
 PART_OF_TIMEOUT = 0.8
@@ -56,11 +57,11 @@ class Watchdog:
         self,
         world: World,
         run: Path,
-        timeout_s: float,
+        launch: LaunchSpec,
         progress: Callable[[], int],
         end: Callable[[TrainingError], None],
     ) -> None:
-        self._world, self._folder, self._timeout_s = world, run / FOLDER, timeout_s
+        self._world, self._folder, self._launch = world, run / FOLDER, launch
         self._progress, self._end = progress, end
         self._main = threading.get_ident()
         self._leave = threading.Event()
@@ -82,23 +83,30 @@ class Watchdog:
                 self._folder.rmdir()  # the last one; until then it is not empty
 
     def _watch(self) -> None:
-        look_every_s = max(0.2, self._timeout_s / LOOKS_PER_TIMEOUT)
-        calls, since = -1, time.monotonic()
+        look_every_s = max(0.2, self._launch.timeout / LOOKS_PER_TIMEOUT)
+        seen, since = (-1, False), time.monotonic()
         while not self._leave.wait(look_every_s):
             self._write()
-            if self._progress() != calls:
-                calls, since = self._progress(), time.monotonic()
-            elif time.monotonic() - since > PART_OF_TIMEOUT * self._timeout_s:
+            if self._state() != seen:
+                seen, since = self._state(), time.monotonic()
+            elif time.monotonic() - since > PART_OF_TIMEOUT * self._timeout_s(seen[1]):
                 before = self._read()
                 for _ in range(LOOKS_TO_WAIT):
                     if self._leave.wait(look_every_s):
                         return
                     self._write()
-                if self._progress() == calls:
+                if self._state() == seen:
                     now = self._read()
                     waited_s = time.monotonic() - since
                     found = next((pulse.verdict for pulse in now.values() if pulse.verdict), None)
                     self._stop(found or hang_message(before, now, self._world.world_size, waited_s))
+
+    def _state(self) -> tuple[int, bool]:
+        """How far this rank is, and whether it waits for files."""
+        return self._progress(), waits_for_files()
+
+    def _timeout_s(self, for_files: bool) -> float:
+        return max(self._launch.timeout, self._launch.file_timeout) if for_files else self._launch.timeout
 
     def _stop(self, message: str) -> None:
         """The main thread waits in a collective that nobody will finish: only the process as a whole can end."""
@@ -168,7 +176,7 @@ def hang_message(before: dict[int, Pulse], now: dict[int, Pulse], world_size: in
     ]
     shown = [line for rank, line in enumerate(lines) if rank in named[:8] or rank < 8]
     return (
-        f"no step for {waited_s:.0f} s (launch.timeout): rank {ranks} {what}. What each rank does:\n"
+        f"no step for {waited_s:.0f} s (launch.timeout or file_timeout): rank {ranks} {what}. What each rank does:\n"
         + "\n".join(shown)
         + "\nThe run can be resumed from its newest checkpoint."
     )

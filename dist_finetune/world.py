@@ -7,7 +7,7 @@ The only file that starts or ends a process group. Works alone (one process, a n
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,6 +21,10 @@ from dist_finetune.preflight import check_all_reduce, meet
 from dist_finetune.spec import LaunchSpec
 
 T = TypeVar("T")
+
+_files: dist.ProcessGroup | None = None
+"""All ranks once more, with the patience that reading and writing files takes; None until `join_world`."""
+_num_waiting = 0
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,26 @@ def join_world(launch: LaunchSpec) -> Iterator[World]:
             )
             _check_ranks(world)
             check_all_reduce(world.rank, world.world_size, world.device)
-            yield world
+            with _files_group(launch.file_timeout) if world.world_size > 1 else nullcontext():
+                yield world
         finally:
             # a caller's own process group is left as it is
             if made_group and dist.is_initialized():
                 dist.destroy_process_group()
+
+
+@contextmanager
+def _files_group(timeout_s: float) -> Iterator[None]:
+    """The group through which ranks agree on what one of them read or wrote. Gloo, as they agree on host objects."""
+    global _files
+    group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    before, _files = _files, group
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group(_files)
+        _files = before
 
 
 @contextmanager
@@ -145,10 +164,27 @@ def _check_ranks(world: World) -> None:
         )
 
 
+def waits_for_files() -> bool:
+    """True within `patience`, where `launch.file_timeout` counts: a rank that takes long there does not hang."""
+    return _num_waiting > 0
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Around what may wait for files, on this rank or another: `gather_objects`, `together` and `on_first` have it."""
+    global _num_waiting
+    _num_waiting += 1
+    try:
+        yield
+    finally:
+        _num_waiting -= 1
+
+
 def gather_objects(value: T) -> list[T]:
     """`value` of every rank, in rank order, on every rank."""
     out: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(out, value)
+    with patience():
+        dist.all_gather_object(out, value, group=_files)
     return out
 
 
@@ -163,7 +199,8 @@ def together(work: Callable[[], T]) -> T:
 
     Raises on every rank the DistFinetuneError of the lowest rank that failed.
     """
-    result, error = _attempt(work)
+    with patience():
+        result, error = _attempt(work)
     errors = [e for e in gather_objects(error) if e is not None]
     if errors:
         raise errors[0]
@@ -172,8 +209,9 @@ def together(work: Callable[[], T]) -> T:
 
 def on_first(world: World, work: Callable[[], T]) -> T:
     """Runs `work` on rank 0 only and returns its result, or raises its DistFinetuneError, on every rank."""
-    result, error = _attempt(work) if world.is_first else (None, None)
-    result, error = _from_first((result, error))
+    with patience():
+        result, error = _attempt(work) if world.is_first else (None, None)
+        result, error = _from_first((result, error))
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
@@ -188,7 +226,7 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, DistFinetuneError | None]
 
 def _from_first(value: T) -> T:
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_files)
     return box[0]
 
 

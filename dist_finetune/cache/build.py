@@ -26,7 +26,7 @@ from dist_finetune.job import Job
 from dist_finetune.models.sources import forward_logits
 from dist_finetune.phases import PhasePlan
 from dist_finetune.run_folder import write_json
-from dist_finetune.world import on_first, together
+from dist_finetune.world import on_first, patience, together
 
 if TYPE_CHECKING:
     from dist_finetune.data.images import ImageRows
@@ -56,7 +56,8 @@ def cache_splits(
     folder = root / key
     reused = on_first(job.world, lambda: (folder / META).exists())
     if not reused:
-        _build(job, model, cut, layouts, folder, source)
+        with patience():  # a pass over all data, in which no step is taken
+            _build(job, model, cut, layouts, folder, source)
     cached = {name: _rows(job, folder, name, layouts[name]) for name in job.splits}
     on_first(job.world, lambda: touch(folder))
     _check_agreement(job, model, cut, cached["train"])

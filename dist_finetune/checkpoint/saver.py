@@ -25,7 +25,7 @@ class Saver:
         self._job, self._provenance = job, provenance
         best_step = progress.best_step if spec.checkpoint.best and progress.best else None
         self._writer = CheckpointWriter(
-            job.folder, spec.checkpoint.keep, best_step, job.world, spec.launch.timeout, job.report.say
+            job.folder, spec.checkpoint.keep, best_step, job.world, spec.launch.file_timeout, job.report.say
         )
         self.pauses_s: list[float] = []
         """How long each save kept training waiting: for an earlier one, and for the copy to host memory."""

@@ -27,7 +27,7 @@ from dist_finetune.checkpoint.read import damage
 from dist_finetune.engine import Engine
 from dist_finetune.errors import TrainingError
 from dist_finetune.run_folder import write_json
-from dist_finetune.world import World, gather_objects, on_first
+from dist_finetune.world import World, gather_objects, on_first, patience
 
 NOTE_SUFFIX = ".note.json"
 POLL_S = 0.02
@@ -70,16 +70,17 @@ class CheckpointWriter:
     def wait(self, must_succeed: bool = False) -> None:
         """Waits until no rank is writing. Raises TrainingError on every rank for a failed save where it
         `must_succeed`."""
-        if self._thread and not self._world.is_first:
-            self._thread.join()
-        # A rank whose disk is full can't even leave a note: rank 0 must not wait for one.
-        failures = [error for error in gather_objects(None if self._world.is_first else self._error) if error]
-        if failures:
-            self._lost_shard = failures[0]
-        if self._thread and self._world.is_first:
-            self._thread.join()
-        error = on_first(self._world, lambda: self._error)
-        self._thread = self._error = self._lost_shard = None
+        with patience():
+            if self._thread and not self._world.is_first:
+                self._thread.join()
+            # A rank whose disk is full can't even leave a note: rank 0 must not wait for one.
+            failures = [error for error in gather_objects(None if self._world.is_first else self._error) if error]
+            if failures:
+                self._lost_shard = failures[0]
+            if self._thread and self._world.is_first:
+                self._thread.join()
+            error = on_first(self._world, lambda: self._error)
+            self._thread = self._error = self._lost_shard = None
         if error and must_succeed:
             raise TrainingError(f"checkpoint not saved: {error}")
 
@@ -165,7 +166,7 @@ class CheckpointWriter:
                 raise OSError(self._lost_shard)
             if missing and time.monotonic() > deadline:
                 late = sorted(missing.values())
-                raise TimeoutError(f"ranks {late} wrote no shard within {self._timeout_s:.0f} s (launch.timeout)")
+                raise TimeoutError(f"ranks {late} wrote no shard within {self._timeout_s:.0f} s (launch.file_timeout)")
             time.sleep(POLL_S)
         return notes
 

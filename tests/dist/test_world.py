@@ -91,6 +91,34 @@ def test_accelerate_must_see_the_same_world(material: Material, tmp_path, strate
         assert f"{who} sees 2 processes, torch.distributed 1" in said
 
 
+SLOW_FILES = """
+import sys, time
+from pathlib import Path
+import torch
+from dist_finetune.spec import LaunchSpec
+from dist_finetune.watchdog import Watchdog
+from dist_finetune.world import join_world, on_first, sum_over_ranks, together
+
+launch = LaunchSpec(timeout=3.0, file_timeout=60.0)
+with join_world(launch) as world:
+    with Watchdog(world, Path(sys.argv[1]), launch, lambda: 0, lambda error: None):
+        on_first(world, lambda: time.sleep(5))
+        together(lambda: time.sleep(5 * world.rank))
+    if world.rank == 1:
+        time.sleep(8)
+    try:
+        sum_over_ranks(torch.ones(1))
+    except RuntimeError as error:
+        Path(f"{sys.argv[1]}.{world.rank}").write_text(str(error))
+"""
+
+
+def test_slow_files_are_no_hang_and_a_slow_step_is(tmp_path) -> None:
+    (tmp_path / "code.py").write_text(SLOW_FILES)
+    finish([*torchrun(2), str(tmp_path / "code.py"), str(tmp_path / "said")], 100, tmp_path)
+    assert "imed out" in (tmp_path / "said.0").read_text()
+
+
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
