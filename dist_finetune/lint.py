@@ -52,12 +52,17 @@ def first_trainable_part(manifest: Manifest, structure: Structure) -> Part:
     return next(part for part in order if trainable.intersection(part.parameters))
 
 
+def below(first: Part, structure: Structure) -> tuple[Part, ...]:
+    """The parts that run before `first`; none are known below the part `other`."""
+    return structure.parts[: structure.parts.index(first)] if first.kind != "other" else ()
+
+
 def _first_trainable(manifest: Manifest, structure: Structure, first: Part) -> LintNote:
-    below = structure.parts[: structure.parts.index(first)] if first.kind != "other" else ()
-    saved = sum(part.num_params for part in below)
+    prefix = below(first, structure)
+    saved = sum(part.num_params for part in prefix)
     share = 100 * saved / structure.num_params
     text = f"first trainable part: {first.label}; backward ends there"
-    if below:
+    if prefix:
         text += f", {saved:,} of {structure.num_params:,} parameters ({share:.0f} %) lie below it"
     return LintNote("first-trainable", text)
 
@@ -71,17 +76,17 @@ def _trains_below_frozen(manifest: Manifest, structure: Structure) -> LintNote |
     if not frozen_at:
         return None
     top = frozen_at[-1]
-    below = [part for part, frozen in zip(trunk[:top], is_frozen, strict=False) if not frozen]
-    if not below:
+    under = [part for part, frozen in zip(trunk[:top], is_frozen, strict=False) if not frozen]
+    if not under:
         return None
     numel = {record.name: record.num_elements for record in manifest.records}
-    more = sum(numel[name] for part in below for name in part.parameters if name in trainable)
-    frozen_above = [part for part in trunk[trunk.index(below[0]) : top + 1] if part not in below]
+    more = sum(numel[name] for part in under for name in part.parameters if name in trainable)
+    frozen_above = [part for part in trunk[trunk.index(under[0]) : top + 1] if part not in under]
     next_trainable = next((p.label for p, frozen in zip(trunk[top:], is_frozen[top:], strict=True) if not frozen), None)
     blocks_left = structure.depth - sum(part.kind == "block" for part in trunk[: top + 1])
-    verb, them = ("trains", "it") if len(below) == 1 else ("train", "them")
+    verb, them = ("trains", "it") if len(under) == 1 else ("train", "them")
     text = (
-        f"{_names(below)} {verb} below frozen {_names(frozen_above)}: backward still runs down to {below[0].label}. "
+        f"{_names(under)} {verb} below frozen {_names(frozen_above)}: backward still runs down to {under[0].label}. "
         f"Freezing {them} too ({_spec_for(trunk[: top + 1])}) takes {more:,} more parameters out of training and lets "
         f"backward end at {next_trainable or 'the neck or head'}, after {blocks_left} of {structure.depth} blocks"
     )

@@ -4,6 +4,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dist_finetune.lint import below, first_trainable_part
+from dist_finetune.memory.state import BF16_BYTES, FP32_BYTES
 from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
 
@@ -150,6 +152,7 @@ def cost_lines(plan: Plan) -> list[str]:
             f"forecast   {gain.speedup:.2f}x the unfrozen speed, counted in operations; {gain.speedup_cached:.2f}x "
             f"with the frozen prefix cached, which is {gain.frozen_prefix_share:.0%} of the forward pass"
         )
+    lines += _cached_line(plan)
     rows = plan.batches.micro_batch_size
     if costs.activations and costs.other_activations:
         ours, other = costs.activations.at(rows), costs.other_activations.at(rows)
@@ -161,6 +164,23 @@ def cost_lines(plan: Plan) -> list[str]:
     if costs.activations_unknown:
         lines.append(f"activations unknown: the model can't be run without data ({costs.activations_unknown})")
     return lines
+
+
+def _cached_line(plan: Plan) -> list[str]:
+    """What the cache of the phase that trains most takes on disk, and spares each process."""
+    elements = plan.costs.cached_elements
+    if not plan.cache[plan.widest.index].use or elements is None:
+        return []
+    first = first_trainable_part(plan.widest.manifest, plan.structure)
+    dropped = sum(part.num_params for part in below(first, plan.structure)) * FP32_BYTES
+    views = plan.spec.cache.views or 1
+    rows = sum(count * (views if split == "train" else 1) for split, count in plan.data.num_rows.items())
+    size = BF16_BYTES if plan.spec.cache.dtype == "bf16" else FP32_BYTES
+    at_most = "at most " if plan.data.modality == "text" else ""  # texts are stored without padding
+    return [
+        f"cache      {at_most}{_mib(rows * elements * size)} MiB on disk for {rows:,} rows; once it is filled, each "
+        f"process drops {_mib(dropped)} MiB of frozen weights (the table counts them)"
+    ]
 
 
 def replication_note(plan: Plan) -> str | None:

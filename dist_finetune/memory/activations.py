@@ -46,6 +46,8 @@ class Pass:
     """Most alive at once, results in the making included."""
     flops_by_part: dict[str, int]
     """Operations of the forward pass by `Part.label`, "" for what no part runs; a multiply-add is two."""
+    input_elements: dict[str, int]
+    """Elements of what enters each part of the model, by `Part.label`; only of parts that are given a tensor."""
 
     @property
     def forward_flops(self) -> int:
@@ -61,6 +63,7 @@ class Alive(TorchDispatchMode):
         self.now = self.peak = 0
         self.flops_by_part: dict[str, int] = {}
         self.part = ""
+        self.input_elements: dict[str, int] = {}
         self._counted = set(known)
 
     def __torch_dispatch__(
@@ -189,7 +192,7 @@ def measured_pass(
         saved.clear()
         forward_flops = dict(alive.flops_by_part)
         loss.backward()
-    return Pass(micro_batch_size, saved_bytes, alive.peak, forward_flops)
+    return Pass(micro_batch_size, saved_bytes, alive.peak, forward_flops, alive.input_elements)
 
 
 def fake_inputs(card: ModelCard, max_length: int | None, image_size: tuple[int, int] | None) -> Callable[[int], Any]:
@@ -229,8 +232,10 @@ class _Enter:
     alive: Alive
     label: str
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, *_: Any) -> None:
         self.alive.part = self.label
+        if args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
+            self.alive.input_elements.setdefault(self.label, args[0].numel())
 
 
 def _fused(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from dist_finetune.freeze import Manifest
 from dist_finetune.fsdp_layout import FrozenLayout
+from dist_finetune.lint import below, first_trainable_part
 from dist_finetune.memory.activations import Pass, fake_pass
 from dist_finetune.memory.choice import Activations, Limits, RankMemory, memory_of
 from dist_finetune.memory.forecast import Forecast, forecast, num_passed_by_backward
@@ -40,6 +42,9 @@ class Costs:
     """Host memory at load, at most: one process of a node reads the whole model in fp32, the others share it. A resume
     adds, on each process until it has sharded them, the weights that were trained."""
     forecast: Forecast | None
+    cached_elements: int | None
+    """Elements of the activation that enters the first part that trains, for one row of the largest shape: what the
+    cache stores for it. None where nothing lies below that part, or it is not known."""
     frozen_layout: FrozenLayout
     """Under fsdp: replicated where asked for or where it fits, else shared out."""
 
@@ -108,8 +113,15 @@ def plan_costs(
         checkpoint_bytes=checkpoint_bytes(model, manifest, full_checkpoint),
         host_bytes_per_node=HOST_COPIES * sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
         forecast=forecast(measured[0], manifest, structure) if measured else None,
+        cached_elements=_cached_elements(measured[0], manifest, structure) if measured else None,
         frozen_layout=frozen_layout,
     )
+
+
+def _cached_elements(measured: Pass, manifest: Manifest, structure: Structure) -> int | None:
+    first = first_trainable_part(manifest, structure)
+    elements = measured.input_elements.get(first.label)
+    return elements // measured.micro_batch_size if elements and below(first, structure) else None
 
 
 def _sizes(limits: Limits, micro_batch_size: int | Literal["auto"]) -> tuple[int, ...]:
