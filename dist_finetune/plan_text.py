@@ -159,7 +159,7 @@ def cost_lines(plan: Plan) -> list[str]:
         way = "without" if plan.spec.train.gradient_checkpointing else "with"
         if abs(ours - other) > ours // 100:
             lines.append(
-                f"activations {_mib(ours)} MiB for {rows} rows, {_mib(other)} {way} train.gradient_checkpointing"
+                f"activations {_mib(ours)} MiB for {rows} rows, about {_mib(other)} {way} train.gradient_checkpointing"
             )
     if costs.activations_unknown:
         lines.append(f"activations unknown: the model can't be run without data ({costs.activations_unknown})")

@@ -34,7 +34,7 @@ class Costs:
     activations: Activations | None
     """Most bytes that forward and backward keep alive besides state, by rows."""
     other_activations: Activations | None
-    """The same with gradient checkpointing where the run has none, or without where it has."""
+    """The same with gradient checkpointing where the run has none, or without where it has; from one size only."""
     activations_unknown: str | None
     """Why the model can't be run on fake tensors."""
     checkpoint_bytes: int
@@ -85,7 +85,7 @@ def plan_costs(
         sizes = _sizes(limits, micro_batch_size)
         passes = run(request.gradient_checkpointing, sizes)
         if request.compare and not isinstance(passes, str):
-            other = run(not request.gradient_checkpointing, sizes)
+            other = run(not request.gradient_checkpointing, sizes[-1:])
     measured = passes if isinstance(passes, tuple) else ()
     activations = _line([(p.micro_batch_size, p.peak_bytes) for p in measured])
     passed = num_passed_by_backward(manifest, structure)
