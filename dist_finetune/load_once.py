@@ -5,9 +5,10 @@ every process of the node has mapped the files. Mapped privately, a page stays o
 until one of them writes to it. A file for each tensor, so that sharding frees whole tensors one by one.
 """
 
+import contextlib
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,33 +75,69 @@ def load_once_a_node(
     return model, provenance, next((p for p in problems if p), None)
 
 
+def change_once_a_node(model: nn.Module, change: Callable[[], Iterable[str]], world: World) -> None:
+    """Runs `change`, which gives parameters and buffers of `model` other values in place and returns their names, on
+    one rank of each node; the others share what came of it. Collective.
+
+    Raises on every rank the DistFinetuneError of the lowest rank that failed.
+    """
+    changes = world.local_rank == 0
+    with ExitStack() as until_mapped:
+        names = together(lambda: tuple(change()) if changes else ())
+        folder: Path | None = None
+        if changes and world.local_world_size > 1:
+            with contextlib.suppress(NotShared):
+                _refuse_unusual(model)
+                folder = _write_tensors([_named(model)[name] for name in names], until_mapped)
+        here = socket.gethostname()
+        offers = {node: (made, known) for node, made, known in gather_objects((here, folder, names)) if made}
+
+        def take() -> None:
+            if here not in offers:
+                change()
+                return
+            made, known = offers[here]
+            tensors = _named(model)
+            for index, name in enumerate(known):
+                tensors[name].data = _mapped(made / str(index), tensors[name].dtype, tensors[name].shape)
+
+        together(lambda: None if changes else take())
+
+
 def _write(model: nn.Module, provenance: Provenance, until_mapped: ExitStack) -> _Written:
     """Writes the tensors of `model` to a folder that `until_mapped` removes, and puts mapped ones in their place.
 
     Raises NotShared where they can't be written, or files would not give the same model.
     """
+    _refuse_unusual(model)
     names = _named(model)
     unique = list({id(tensor): tensor for tensor in names.values()}.values())
-    _refuse_unusual(model, names, unique)
-    try:
-        folder = Path(until_mapped.enter_context(tempfile.TemporaryDirectory(prefix="dist-finetune-")))
-        for index, tensor in enumerate(unique):
-            file = folder / str(index)
-            file.write_bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            tensor.data = _mapped(file, tensor.dtype, tensor.shape)  # its own memory is free before the next is written
-    except OSError as error:
-        raise NotShared(f"the folder for temporary files can't take it ({error}); TMPDIR names another") from None
     number = {id(tensor): index for index, tensor in enumerate(unique)}
     return _Written(
         socket.gethostname(),
-        folder,
+        _write_tensors(unique, until_mapped),
         provenance,
         tuple((t.dtype, t.shape, t.requires_grad) for t in unique),
         {name: number[id(tensor)] for name, tensor in names.items()},
     )
 
 
-def _refuse_unusual(model: nn.Module, names: dict[str, Tensor], unique: list[Tensor]) -> None:
+def _write_tensors(tensors: Sequence[Tensor], until_mapped: ExitStack) -> Path:
+    """A folder, which `until_mapped` removes, with a file for each tensor; mapped ones take their place."""
+    try:
+        folder = Path(until_mapped.enter_context(tempfile.TemporaryDirectory(prefix="dist-finetune-")))
+        for index, tensor in enumerate(tensors):
+            file = folder / str(index)
+            file.write_bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            tensor.data = _mapped(file, tensor.dtype, tensor.shape)  # its own memory is free before the next is written
+    except OSError as error:
+        raise NotShared(f"the folder for temporary files can't take it ({error}); TMPDIR names another") from None
+    return folder
+
+
+def _refuse_unusual(model: nn.Module) -> None:
+    """Raises NotShared where a model's state is not a set of plain tensors with memory of their own."""
+    names = _named(model)
     if hidden := set(model.state_dict()) - set(names):
         raise NotShared(f"{min(hidden)} is neither a parameter nor a buffer")
     storages: set[int] = set()

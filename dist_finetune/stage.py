@@ -6,6 +6,7 @@ a checkpoint changed, then the freeze, then an optimizer of exactly what trains,
 
 import time
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from dist_finetune.evaluate import to_device
 from dist_finetune.freeze import apply_freeze
 from dist_finetune.gradients import require_gradients
 from dist_finetune.job import Job, Progress, Stage
-from dist_finetune.load_once import load_once_a_node
+from dist_finetune.load_once import change_once_a_node, load_once_a_node
 from dist_finetune.models.card import Provenance
 from dist_finetune.models.load import load_model
 from dist_finetune.models.sources import build_model
@@ -50,7 +51,7 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
     """The engine of `phase` around `model` (fresh from `load_base`), with the state of `checkpoint`. Collective."""
     accelerator = open_accelerator(job.plan, phase, job.world)
     if checkpoint:
-        load_weights(model, checkpoint)
+        change_once_a_node(model, partial(load_weights, model, checkpoint), job.world)
     apply_freeze(model, phase.manifest)
     digests = digest_frozen(model, phase.manifest)
     require_gradients(model, job.splits["train"].first_batch(), job.world)

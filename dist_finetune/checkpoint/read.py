@@ -87,19 +87,21 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, state, {label: tuple(sorted(found)) for label, found in pieces.items()})
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Puts trained weights and moved buffers into a whole, unsharded model that holds the base weights.
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Puts trained weights and moved buffers into a whole, unsharded model that holds the base weights; returns their
+    names.
 
     Raises TrainingError where a tensor does not fit.
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    loaded = [(kind, name) for kind in ("settled", "buffer", "weight") for name in checkpoint.names(kind)]
     with torch.no_grad():
-        for kind in ("settled", "buffer", "weight"):
-            for name in checkpoint.names(kind):
-                value = checkpoint.read(kind, name)
-                if name not in tensors or tensors[name].numel() != value.numel():
-                    raise TrainingError(f"{checkpoint.folder.name}: {kind} {name} does not fit this model")
-                tensors[name].copy_(value.view(tensors[name].shape))
+        for kind, name in loaded:
+            value = checkpoint.read(kind, name)
+            if name not in tensors or tensors[name].numel() != value.numel():
+                raise TrainingError(f"{checkpoint.folder.name}: {kind} {name} does not fit this model")
+            tensors[name].copy_(value.view(tensors[name].shape))
+    return tuple(dict.fromkeys(name for _, name in loaded))
 
 
 def load_moments(engine: Engine, checkpoint: Checkpoint, steps: Mapping[str, int]) -> None:

@@ -39,8 +39,8 @@ class Costs:
     """Why the model can't be run on fake tensors."""
     checkpoint_bytes: int
     host_bytes_per_node: int
-    """Host memory at load, at most: one process of a node reads the whole model in fp32, the others share it. A resume
-    adds, on each process until it has sharded them, the weights that were trained."""
+    """Host memory at load, at most: one process of a node reads the whole model in fp32 (and what a checkpoint holds of
+    it), the others share it."""
     forecast: Forecast | None
     cached_elements: int | None
     """Elements of the activation that enters the first part that trains, for one row of the largest shape: what the

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dist_finetune.errors import DistFinetuneError
-from dist_finetune.load_once import load_once_a_node
+from dist_finetune.load_once import change_once_a_node, load_once_a_node
 from dist_finetune.models.load import load_model
 from dist_finetune.models.sources import build_model, describe_model
 from dist_finetune.spec import LaunchSpec, ModelSpec
@@ -82,6 +82,34 @@ def load(name: str, world: World, weights: str = "pretrained") -> dict[str, Any]
     }
 
 
+def resume(name: str, world: World) -> dict[str, Any]:
+    """What a rank sees where half of a loaded model gets other values, as from a checkpoint."""
+    spec = ModelSpec(name=name, weights="pretrained" if "/" in name else "none")
+    card = describe_model(spec)
+    model, _, _ = load_once_a_node(
+        lambda: load_model(card, spec, CLASSES, seed=3), lambda: build_model(card, spec, CLASSES), world
+    )
+    tensors = dict(model.named_parameters())
+    changed = list(tensors)[::2]
+
+    def change() -> list[str]:
+        with torch.no_grad():
+            for name in changed:
+                tensors[name].copy_(torch.full_like(tensors[name], 1.0 + changed.index(name)))
+        return changed
+
+    kept = {name: tensor.clone() for name, tensor in tensors.items() if name not in changed}
+    before = _private_bytes()
+    change_once_a_node(model, change, world)
+    return {
+        "grown": _private_bytes() - before,
+        "bytes": sum(tensors[name].nbytes for name in changed),
+        "same objects": all(tensor is tensors[name] for name, tensor in model.named_parameters()),
+        "differ": [name for i, name in enumerate(changed) if not bool((tensors[name] == 1.0 + i).all())],
+        "moved": [name for name, tensor in kept.items() if not torch.equal(tensor, tensors[name])],
+    }
+
+
 def _private_bytes() -> int:
     return psutil.Process().memory_full_info().uss
 
@@ -101,6 +129,9 @@ def main() -> None:
             "damaged": load(str(folder / "damaged"), world),
             "tied": load("load_worker:tied_model", world, "none"),
             "hidden": load("load_worker:hidden_model", world, "none"),
+            "resumed": resume(str(folder / "good"), world),
+            "resumed tied": resume("load_worker:tied_model", world),
+            "resumed hidden": resume("load_worker:hidden_model", world),
         }
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # a file for `fixed`, not one for the layers

@@ -78,5 +78,14 @@ def test_a_damaged_file_is_refused_on_every_rank(loads: Loads) -> None:
     assert "can't be read" in first
 
 
+def test_what_a_checkpoint_changes_is_in_memory_once_too(loads: Loads) -> None:
+    for rank in loads:
+        for name in ("resumed", "resumed tied", "resumed hidden"):
+            assert rank[name]["same objects"]
+            assert rank[name]["differ"] == rank[name]["moved"] == [], name
+    assert loads[1]["resumed"]["bytes"] > 90e6
+    assert loads[1]["resumed"]["grown"] < loads[1]["resumed"]["bytes"] / 10
+
+
 def test_nothing_is_left_behind(loads: Loads) -> None:
     assert loads[0]["left"] == {"files": []}
