@@ -1,6 +1,6 @@
 """What a run reads from elsewhere: fetched where there is internet, and proved to be enough where there is none.
 
-Rows are tokenised by each run at its start: fast tokenizers take seconds, and no copy of the tokens can go stale.
+Large data sets are tokenised too, once for all runs; smaller ones take a run less than a second at its start.
 """
 
 import os
@@ -14,8 +14,12 @@ from typing import Any
 import datasets
 import torch
 from huggingface_hub import constants
+from transformers import PreTrainedTokenizerBase
 
+from dist_finetune.cache.entries import cache_root
+from dist_finetune.cache.tokens import TokenStore, is_large
 from dist_finetune.data.arrow import column_values
+from dist_finetune.data.encode import encode_splits
 from dist_finetune.data.sources import expand, hub_parts
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.errors import UserError
@@ -27,6 +31,7 @@ from dist_finetune.models.hub import TIMM_HUB
 from dist_finetune.models.saved import saved_folder
 from dist_finetune.models.sources import build_model, describe_model, load_tokenizer
 from dist_finetune.models.transformers_config import source_folder
+from dist_finetune.plan import local_topology, plan_run
 from dist_finetune.spec import DataSpec, Spec
 from dist_finetune.spec_file import load_spec
 
@@ -106,7 +111,17 @@ def find_all(spec: Spec) -> list[Item]:
         tokenizer = load_tokenizer(card)
         num_tokens = len(tokenizer(column_values(tables.train, "text")[0])["input_ids"])
         items.append(Item("tokenizer", f"{len(tokenizer):,} tokens; the first row has {num_tokens}"))
+        if is_large(tables):
+            items.append(_tokens_item(spec, tables, tokenizer))
     return [*items, _data_item(spec.data, tables)]
+
+
+def _tokens_item(spec: Spec, tables: Tables, tokenizer: PreTrainedTokenizerBase) -> Item:
+    store = TokenStore(plan_run(spec, local_topology(), tables), tokenizer)
+    encoded = encode_splits(store.plan, tables, tokenizer, store.rows)
+    num_tokens = sum(int(rows.lengths.sum()) for rows in encoded.values() if rows.lengths is not None)
+    files = sorted(cache_root(spec).glob("tokens-*/*.npy"))
+    return Item("tokens", f"{num_tokens:,} of all rows, encoded for all runs", tuple(files))
 
 
 def remote_names(spec: Spec) -> list[str]:

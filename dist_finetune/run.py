@@ -3,9 +3,9 @@
 import time
 from functools import partial
 
+from dist_finetune.cache.tokens import encode_once
 from dist_finetune.checkpoint.resume import find_start
 from dist_finetune.checkpoint.saver import Saver
-from dist_finetune.data.encode import encode_splits
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.finish import finish_run
 from dist_finetune.job import Job
@@ -99,7 +99,7 @@ def _prepare(spec: Spec, world: World, report: Reporter) -> Job:
     report.say(plan_lines(plan))
     report.notes([*tables.notes, *plan_notes(plan), *brought])
     tokenizer = together(lambda: load_tokenizer(plan.card)) if plan.card.modality == "text" else None
-    splits = together(lambda: encode_splits(plan, tables, tokenizer))
+    splits = encode_once(plan, tables, tokenizer, world)
     return Job(plan, world, report, folder_of(spec), splits, tokenizer)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dist_finetune.cache.cut import Cut, NoCut, find_cut, make_tail, run_prefix
-from dist_finetune.cache.entries import META, make_room, touch
+from dist_finetune.cache.entries import META, cache_root, make_room, touch
 from dist_finetune.cache.rows import CachedCollate, CachedRows
 from dist_finetune.cache.store import Layout, ShardWriter, StoredRows, layout_json
 from dist_finetune.data.loading import Rows
@@ -50,10 +50,8 @@ def cache_splits(
     cut = find_cut(model, to_device(probe, job.world.device))
     model.eval()
     key, source = _key(job, cut, frozen_digests)
-    cache = job.plan.spec.cache
-    root = Path(cache.folder) if cache.folder else Path(job.plan.spec.output) / ".cache"
     layouts = {name: _layout(job, model, cut, rows) for name, rows in job.splits.items()}
-    folder = root / key
+    folder = cache_root(job.plan.spec) / key
     reused = on_first(job.world, lambda: (folder / META).exists())
     if not reused:
         with patience():  # a pass over all data, in which no step is taken

@@ -6,6 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_finetune.spec import Spec
+
 META = "meta.json"
 
 
@@ -18,6 +20,11 @@ class CacheEntry:
     used: float
     """When it was last opened, seconds since the epoch."""
     source: str
+
+
+def cache_root(spec: Spec) -> Path:
+    """The folder that holds the entries of a run: `cache.folder`, else <output>/.cache."""
+    return Path(spec.cache.folder) if spec.cache.folder else Path(spec.output) / ".cache"
 
 
 def list_entries(root: Path) -> list[CacheEntry]:

@@ -1,5 +1,6 @@
 """From tables to the encoded rows of each split, as the plan says."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -9,20 +10,29 @@ from transformers import PreTrainedTokenizerBase
 from dist_finetune.data.image_input import ImageInput
 from dist_finetune.data.loading import Rows
 from dist_finetune.data.tables import Tables
-from dist_finetune.data.text import collate_text, encode_text
+from dist_finetune.data.text import TextRows, collate_text, encode_text
 from dist_finetune.plan import DataPlan, Plan
 
+Keep = Callable[[str, Dataset, Callable[[], TextRows]], TextRows]
+"""`keep(split, table, encode)`: the tokens of a table, from where they are kept or from `encode`."""
 
-def encode_splits(plan: Plan, tables: Tables, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Rows]:
+
+def encode_splits(
+    plan: Plan, tables: Tables, tokenizer: PreTrainedTokenizerBase | None, keep: Keep | None = None
+) -> dict[str, Rows]:
     """Rows of "train", "validation" and, where there is one, "test". A tokenizer is needed for text only."""
-    splits = {"train": tables.train, "validation": tables.validation, "test": tables.test}
     seed = plan.spec.train.seed if plan.spec.data.augment else None
     return {
         name: encode_table(
-            table, plan.data, plan.card.image, plan.topology.device, tokenizer, seed if name == "train" else None
+            table,
+            plan.data,
+            plan.card.image,
+            plan.topology.device,
+            tokenizer,
+            seed if name == "train" else None,
+            partial(keep, name, table) if keep else None,
         )
-        for name, table in splits.items()
-        if table is not None
+        for name, table in tables.splits.items()
     }
 
 
@@ -33,10 +43,11 @@ def encode_table(
     device: Literal["cpu", "cuda"],
     tokenizer: PreTrainedTokenizerBase | None,
     augment_seed: int | None = None,
+    keep: Callable[[Callable[[], TextRows]], TextRows] | None = None,
 ) -> Rows:
     """Rows of one table as tokens, or for a model that takes `image`s; augmented where a seed is given."""
     if tokenizer is not None:
-        return _text_rows(table, data, device, tokenizer)
+        return _text_rows(table, data, device, tokenizer, keep)
     from dist_finetune.data.images import ImageRows, collate_images  # which take seconds to import
 
     assert image is not None
@@ -46,10 +57,15 @@ def encode_table(
 
 
 def _text_rows(
-    table: Dataset, data: DataPlan, device: Literal["cpu", "cuda"], tokenizer: PreTrainedTokenizerBase
+    table: Dataset,
+    data: DataPlan,
+    device: Literal["cpu", "cuda"],
+    tokenizer: PreTrainedTokenizerBase,
+    keep: Callable[[Callable[[], TextRows]], TextRows] | None,
 ) -> Rows:
     max_length = data.max_length or tokenizer.model_max_length
-    encoded = encode_text(table, tokenizer, max_length)
+    encode = partial(encode_text, table, tokenizer, max_length)
+    encoded = keep(encode) if keep else encode()
     pad_token_id = tokenizer.pad_token_id
     collate = partial(
         collate_text,

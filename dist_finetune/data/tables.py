@@ -38,6 +38,12 @@ class Tables:
     fingerprint: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def splits(self) -> dict[str, Dataset]:
+        """The table of each split that is there, by name."""
+        found = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: table for name, table in found.items() if table is not None}
+
 
 @dataclass(frozen=True)
 class _Rows:

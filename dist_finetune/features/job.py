@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dist_finetune.data.encode import encode_splits
+from dist_finetune.cache.tokens import encode_once
 from dist_finetune.data.loading import Rows
 from dist_finetune.data.tables import Tables
 from dist_finetune.data.text import TextRows
@@ -82,7 +82,7 @@ def prepare_features(spec: Spec, tables: Tables, folder: Path, world: World, rep
     plan = plan_run(_frozen(spec, world), local_topology(world.local_world_size, world.num_nodes), tables)
     require_same("the plan", plan.digest(), "Give every rank the same config, data and package versions.")
     tokenizer = together(lambda: load_tokenizer(plan.card)) if plan.card.modality == "text" else None
-    splits = together(lambda: encode_splits(plan, tables, tokenizer))
+    splits = encode_once(plan, tables, tokenizer, world)
     model, provenance = load_base(plan, world, report)
     model.requires_grad_(False).eval().to(world.device)
     model.to(memory_format=torch.channels_last)

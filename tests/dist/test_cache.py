@@ -1,9 +1,14 @@
 """Training from stored activations: the same numbers as without, the export complete, the store shared by runs."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from harness import Job, Run, RunJobs, read_lines
-from material import Material
+from material import Material, write_sentences
+
+from dist_finetune.cache.tokens import STORE_FROM_ROWS
 
 pytestmark = pytest.mark.dist
 
@@ -11,7 +16,12 @@ STRATEGIES = ("ddp", "zero2", "zero3")
 
 
 @pytest.fixture(scope="module")
-def pairs(material: Material, runs: RunJobs) -> dict[str, Run]:
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def pairs(material: Material, runs: RunJobs, shared_cache: Path) -> dict[str, Run]:
     jobs = []
     for kind, config in (("text", material.text()), ("image", material.image())):
         for strategy in STRATEGIES:
@@ -19,7 +29,23 @@ def pairs(material: Material, runs: RunJobs) -> dict[str, Run]:
                 Job(f"{kind}-{strategy}-{mode}", {**config, "shard": {"strategy": strategy}, "cache": mode})
                 for mode in ("off", "on")
             ]
+    jobs.append(Job("two", elsewhere(material, shared_cache)))
+    views = material.image(data={"augment": True}, train={"epochs": 3})
+    jobs.append(Job("views", {**views, "cache": {"mode": "on", "views": 2}, "shard": {"strategy": "ddp"}}))
+    jobs += [Job(f"large-{number}", large(material, shared_cache)) for number in (1, 2)]
     return runs(jobs, 2)
+
+
+def elsewhere(material: Material, cache: Path) -> dict[str, Any]:
+    return {**material.text(), "cache": {"mode": "on", "folder": str(cache)}, "shard": {"strategy": "ddp"}}
+
+
+def large(material: Material, cache: Path) -> dict[str, Any]:
+    """Two steps on a data set that is large enough for its tokens to be kept."""
+    if not (cache / "rows.csv").exists():
+        write_sentences(cache / "rows.csv", STORE_FROM_ROWS, seed=7)
+    config = material.text(data={"train": str(cache / "rows.csv")}, train={"max_steps": 2})
+    return {**config, "cache": {"mode": "off", "folder": str(cache / "tokens")}, "shard": {"strategy": "ddp"}}
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("text", 1e-6), ("image", 1e-5)])
@@ -49,21 +75,26 @@ def test_a_second_run_reuses_what_the_first_stored(pairs: dict[str, Run]) -> Non
     assert all("cache reused" in log for log in logs[1:])
 
 
-def test_an_entry_is_readable_at_another_world_size(material: Material, runs: RunJobs, tmp_path: object) -> None:
-    config = {**material.text(), "cache": {"mode": "on", "folder": str(tmp_path)}, "shard": {"strategy": "ddp"}}
-    two = runs([Job("two", config)], 2)["two"]
-    one = runs([Job("one", config)], 1)["one"]
+def test_an_entry_is_readable_at_another_world_size(
+    pairs: dict[str, Run], material: Material, runs: RunJobs, shared_cache: Path
+) -> None:
+    one = runs([Job("one", elsewhere(material, shared_cache))], 1)["one"]
     assert "cache reused" in log_of(one)
-    assert one.series("train/loss") == pytest.approx(two.series("train/loss"), rel=1e-5)
+    assert one.series("train/loss") == pytest.approx(pairs["two"].series("train/loss"), rel=1e-5)
 
 
-def test_views_of_augmented_images_cycle(material: Material, runs: RunJobs) -> None:
-    config = material.image(data={"augment": True}, train={"epochs": 3})
-    config["cache"] = {"mode": "on", "views": 2}
-    config["shard"] = {"strategy": "ddp"}
-    run = runs([Job("views", config)], 2)["views"]
-    assert "cache built" in log_of(run)
-    assert len(read_lines(run.folder / "metrics.jsonl")) > 0
+def test_views_of_augmented_images_cycle(pairs: dict[str, Run]) -> None:
+    assert "cache built" in log_of(pairs["views"])
+    assert len(read_lines(pairs["views"].folder / "metrics.jsonl")) > 0
+
+
+def test_tokens_of_a_large_data_set_are_kept(pairs: dict[str, Run], shared_cache: Path) -> None:
+    (entry,) = (shared_cache / "tokens").iterdir()
+    first, second = pairs["large-1"], pairs["large-2"]
+    assert entry.name.startswith("tokens-")
+    assert (entry / "input_ids.npy").stat().st_mtime < (first.folder / "plan.json").stat().st_mtime
+    assert first.series("train/loss") == second.series("train/loss")
+    assert len(first.series("train/loss")) == 2
 
 
 def log_of(run: Run) -> str:
