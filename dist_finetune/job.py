@@ -16,6 +16,7 @@ from dist_finetune.models.card import Provenance
 from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
 from dist_finetune.report import Reporter
+from dist_finetune.signals import StopSignals
 from dist_finetune.world import World
 
 
@@ -29,6 +30,8 @@ class Job:
     folder: Path
     splits: dict[str, Rows]
     tokenizer: PreTrainedTokenizerBase | None
+    signals: StopSignals
+    """Whether this rank was told to stop; ranks agree on it in `stopping`."""
 
 
 @dataclass(frozen=True)

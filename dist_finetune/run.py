@@ -19,7 +19,7 @@ from dist_finetune.run_folder import Changes, check_run_folder, folder_of, start
 from dist_finetune.signals import StopSignals
 from dist_finetune.spec import Spec
 from dist_finetune.stage import load_base, next_stage, open_stage
-from dist_finetune.stopping import Stopped, StopWish
+from dist_finetune.stopping import Stopped, StopWish, stop_if_told
 from dist_finetune.summary import Summary, load_summary, write_end, write_freeze, write_start
 from dist_finetune.training import fit
 from dist_finetune.trial import tried_micro_batch
@@ -49,11 +49,14 @@ def train(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary
 
 def _train(spec: Spec, fresh: bool, world: World, report: Reporter, signals: StopSignals, started_s: float) -> Summary:
     """Plan; then for each phase load, freeze, optimizer, shard, train, prove; then save what came of it."""
-    job = _prepare(spec, world, report)
+    job = _prepare(spec, world, report, signals)
     plan = job.plan
+    stop_if_told(signals)
     model, provenance = load_base(plan, world, report)
     checkpoint, progress = find_start(job, provenance, fresh)
+    stop_if_told(signals)
     stage = open_stage(job, plan.phases[progress.phase], checkpoint, model)
+    stop_if_told(signals)
     # every refusal of the user's input lies behind us: only now is anything written
     on_first(world, lambda: start_run_folder(spec, fresh, progress.step, progress.evaluated))
     report.open_files(job.folder)
@@ -77,7 +80,7 @@ def _train(spec: Spec, fresh: bool, world: World, report: Reporter, signals: Sto
     return finish_run(job, stage, progress, last, saver, stop, started_s)
 
 
-def _prepare(spec: Spec, world: World, report: Reporter) -> Job:
+def _prepare(spec: Spec, world: World, report: Reporter, signals: StopSignals) -> Job:
     """Everything that needs no weights: data, plan, agreement of ranks and launcher with it, encoded rows."""
     report.say(f"reading {', '.join(spec.data.train)}")
     tables = together(lambda: read_tables(spec.data, spec.train.seed))
@@ -100,7 +103,7 @@ def _prepare(spec: Spec, world: World, report: Reporter) -> Job:
     report.notes([*tables.notes, *plan_notes(plan), *brought])
     tokenizer = together(lambda: load_tokenizer(plan.card)) if plan.card.modality == "text" else None
     splits = encode_once(plan, tables, tokenizer, world)
-    return Job(plan, world, report, folder_of(spec), splits, tokenizer)
+    return Job(plan, world, report, folder_of(spec), splits, tokenizer, signals)
 
 
 def _tried(plan: Plan, tables: Tables, world: World, report: Reporter) -> Plan:

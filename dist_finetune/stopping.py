@@ -10,7 +10,7 @@ import torch.distributed as dist
 from dist_finetune.errors import DistFinetuneError
 from dist_finetune.run_folder import STOP_FILE
 from dist_finetune.signals import SIGNALS, StopSignals
-from dist_finetune.world import World
+from dist_finetune.world import World, gather_objects
 
 FILE_CHECK_EVERY_S = 1.0  # a shared file system should not be asked at every step
 REASONS = ("", *(number.name for number in SIGNALS), "the file STOP", "launch.time_limit")
@@ -20,6 +20,18 @@ class Stopped(DistFinetuneError):
     """The run ended early because it was told to; a checkpoint is saved. Exit code 75 (EX_TEMPFAIL: try again)."""
 
     exit_code = 75
+
+
+def told_to_stop(signal: str) -> Stopped:
+    """The error that ends a run before its next step: nothing has been trained that is not saved."""
+    return Stopped(f"stopped on {signal} before the first step; nothing is lost. Start it again the same way")
+
+
+def stop_if_told(signals: StopSignals) -> None:
+    """Ends a run that was told to stop while it got ready. Raises Stopped, on every rank at once. Collective."""
+    told = [name for name in gather_objects(signals.first and signals.first.name) if name]
+    if told:
+        raise told_to_stop(told[0])
 
 
 class Interrupted(Exception):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import secrets
 import shutil
 import time
 from dataclasses import replace
@@ -26,6 +25,7 @@ from dist_finetune.job import Job
 from dist_finetune.models.sources import forward_logits
 from dist_finetune.phases import PhasePlan
 from dist_finetune.run_folder import write_json
+from dist_finetune.stopping import told_to_stop
 from dist_finetune.world import on_first, patience, together
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 AGREEMENT = {"fp32": 1e-4, "bf16": 3e-2}  # of logits, relative: a CNN differs by up to 3e-5 at another batch size
 PROBE_ROWS = 4
+NOTE_EVERY_S = 30.0  # what a killed run may have to compute again
 
 
 def cache_splits(
@@ -68,49 +69,61 @@ def cache_splits(
 def _build(
     job: Job, model: nn.Module, cut: Cut, layouts: dict[str, Layout], folder: Path, source: dict[str, Any]
 ) -> None:
-    token = on_first(job.world, lambda: secrets.token_hex(4))
-    part = folder.with_name(f".{folder.name}.{token}")
+    """Fills a hidden folder, which gets its name when it is complete. A run that was ended goes on where it was; two
+    that fill the same write the same."""
+    part = folder.with_name(f".{folder.name}.{job.world.world_size}")
 
     def begin() -> None:
         needed = sum(layout.num_bytes for layout in layouts.values())
         folder.parent.mkdir(parents=True, exist_ok=True)
         make_room(folder.parent, needed, job.plan.spec.cache.quota)
+        missing = needed - sum(512 * path.stat().st_blocks for path in part.glob("*"))
         free = shutil.disk_usage(folder.parent).free
-        if free < needed * 1.02:
-            raise NoCut(f"{folder.parent} has {free / 2**20:,.0f} MiB free, the cache needs {needed / 2**20:,.0f} MiB")
-        part.mkdir()
+        if free < missing * 1.02:
+            raise NoCut(f"{folder.parent} has {free / 2**20:,.0f} MiB free, the cache needs {missing / 2**20:,.0f} MiB")
+        part.mkdir(exist_ok=True)
 
-    on_first(job.world, begin)
-    model.to(memory_format=torch.channels_last)  # only until it is sharded: ZeRO lays weights end to end
-    seconds = {}
-    for name, rows in job.splits.items():
-        started = time.perf_counter()
-        _fill(job, model, cut, rows, ShardWriter(part, name, job.world.rank, layouts[name]))
-        seconds[name] = round(time.perf_counter() - started, 3)
-    model.to(memory_format=torch.contiguous_format)
+    seconds: dict[str, float] = {}
+
+    def fill() -> None:
+        for name, rows in job.splits.items():
+            started = time.perf_counter()
+            _fill(job, model, cut, rows, ShardWriter(part, name, job.world.rank, layouts[name]))
+            seconds[name] = round(time.perf_counter() - started, 3)
 
     def publish() -> None:
         shapes = {name: layout_json(layout) for name, layout in layouts.items()}
         told = {"source": job.plan.card.name, "made_from": source, "splits": shapes, "seconds": seconds}
-        write_json(part / META, told)
         if not folder.exists():  # another job may have been faster
+            write_json(part / META, told)
             part.rename(folder)
         shutil.rmtree(part, ignore_errors=True)
 
-    together(lambda: None)  # every rank has written
+    on_first(job.world, begin)
+    model.to(memory_format=torch.channels_last)  # only until it is sharded: ZeRO lays weights end to end
+    together(fill)
+    model.to(memory_format=torch.contiguous_format)
     on_first(job.world, publish)
 
 
 def _fill(job: Job, model: nn.Module, cut: Cut, rows: Rows, writer: ShardWriter) -> None:
-    """This rank's rows of a split through the prefix, longest first so that batches have little padding."""
+    """This rank's rows of a split through the prefix, longest first so that batches have little padding.
+
+    Raises Stopped where the run is told to stop.
+    """
     mine = np.arange(job.world.rank, rows.num_rows * _num_views(job, rows), job.world.world_size)
     if rows.lengths is not None:
         mine = mine[np.argsort(-rows.lengths[mine], kind="stable")]
-    size = job.plan.batches.eval_batch_size
-    batches = [mine[i : i + size].tolist() for i in range(0, len(mine), size)]
+    size, num_done, noted_s = job.plan.batches.eval_batch_size, writer.num_done, time.monotonic()
+    batches = [mine[i : i + size].tolist() for i in range(num_done, len(mine), size)]
     keys = [[(i // rows.num_rows, i % rows.num_rows) for i in ids] if rows.pass_epoch else ids for ids in batches]
     loader = DataLoader(rows.dataset, batch_sampler=keys, collate_fn=rows.collate, num_workers=rows.num_workers)
     for ids, batch in zip(batches, loader, strict=True):
+        if job.signals.first or time.monotonic() - noted_s > NOTE_EVERY_S:
+            writer.note(num_done)
+            noted_s = time.monotonic()
+            if job.signals.first:
+                raise told_to_stop(job.signals.first.name)
         with torch.autocast(job.world.device.type, torch.bfloat16, enabled=job.plan.precision == "bf16"):
             activation = run_prefix(model, cut, to_device(batch["inputs"], job.world.device)).float().cpu()
         for i, index in enumerate(ids):
@@ -119,7 +132,8 @@ def _fill(job: Job, model: nn.Module, cut: Cut, rows: Rows, writer: ShardWriter)
                 assert rows.lengths is not None
                 row = row[-rows.lengths[index] :] if _pads_left(rows) else row[: rows.lengths[index]]
             writer.write(index, row)
-    writer.close()
+        num_done += len(ids)
+    writer.note(num_done)
 
 
 def _layout(job: Job, model: nn.Module, cut: Cut, rows: Rows) -> Layout:

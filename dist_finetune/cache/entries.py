@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from dist_finetune.spec import Spec
 
 META = "meta.json"
+GIVEN_UP_S = 7 * 86400.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,11 @@ def list_entries(root: Path) -> list[CacheEntry]:
 
 
 def make_room(root: Path, needed: int, quota: int) -> None:
-    """Deletes least recently used entries until `needed` bytes more keep within `quota`."""
+    """Deletes least recently used entries until `needed` bytes more keep within `quota`, and what was begun and given
+    up long ago."""
+    for part in root.glob(".*"):
+        if part.is_dir() and time.time() - part.stat().st_mtime > GIVEN_UP_S:
+            shutil.rmtree(part, ignore_errors=True)
     entries = list_entries(root)
     held = sum(entry.num_bytes for entry in entries)
     for entry in entries:

@@ -4,14 +4,18 @@
 <root>/<key>/train-00000.bin      rows 0, W, 2W, ... of W shards, end to end
 """
 
+import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from dist_finetune.run_folder import write_json
 
 NUMPY_TYPES: Mapping[str, type[np.generic]] = {"fp32": np.float32, "bf16": np.uint16}  # numpy has no bf16 of its own
 TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -70,13 +74,17 @@ class StoredRows:
 
 
 class ShardWriter:
-    """Writes the rows of one shard in any order."""
+    """Writes the rows of one shard in any order, and goes on with one that was left half-written."""
 
     def __init__(self, folder: Path, split: str, shard: int, layout: Layout) -> None:
         self._layout, self._offsets = layout, layout.offsets(shard)
         self._path = shard_path(folder, split, shard)
-        size = int(self._offsets[-1])
-        self._file = np.memmap(self._path, NUMPY_TYPES[layout.dtype], "w+", shape=(size,)) if size else None
+        self._note = self._path.with_suffix(".json")
+        size, dtype = int(self._offsets[-1]), NUMPY_TYPES[layout.dtype]
+        self.num_done = _rows_done(self._note) if self._path.exists() else 0
+        """Rows that an earlier writer of the same shard has noted as done."""
+        mode: Literal["r+", "w+"] = "r+" if self.num_done else "w+"
+        self._file = np.memmap(self._path, dtype, mode, shape=(size,)) if size else None
 
     def write(self, index: int, row: torch.Tensor) -> None:
         """Stores a row of the split (by its number in the split) in the layout's number type."""
@@ -86,13 +94,21 @@ class ShardWriter:
         stored = flat if self._layout.dtype == "fp32" else flat.view(torch.uint16)
         self._file[self._offsets[position] : self._offsets[position + 1]] = stored.numpy()
 
-    def close(self) -> None:
-        """Flushes everything to the disk."""
+    def note(self, num_rows: int) -> None:
+        """Notes that `num_rows` rows, in the caller's order, are on the disk."""
         if self._file is None:
             self._path.touch()
         else:
             self._file.flush()
-            del self._file
+        with contextlib.suppress(FileNotFoundError):  # another job has built the same and was faster
+            write_json(self._note, {"rows": num_rows})
+
+
+def _rows_done(note: Path) -> int:
+    try:
+        return int(json.loads(note.read_text(encoding="utf-8"))["rows"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def shard_path(folder: Path, split: str, shard: int) -> Path:

@@ -1,8 +1,8 @@
 """A model that trains like any other until a fault that a test asks for: `model.name: faulty_model:build`.
 
 The environment variable FAULT holds JSON {"kind", "rank", "call", "marker"}: what happens at which training pass of
-which rank, once where a `marker` file is named. SLOW_S makes each pass take longer, so that a signal meets a run in its
-middle.
+which rank, once where a `marker` file is named. SLOW_S makes each training pass take longer, SLOW_EVAL_S all others, so
+that a signal meets a run in its middle.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 FAULT = json.loads(os.environ.get("FAULT", "null"))
-SLOW_S = float(os.environ.get("SLOW_S", "0"))
+SLOW_S, SLOW_EVAL_S = (float(os.environ.get(name, "0")) for name in ("SLOW_S", "SLOW_EVAL_S"))
 
 
 class Faulty(nn.Module):
@@ -31,7 +31,7 @@ class Faulty(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         if self.training:
             self.num_calls += 1
-            time.sleep(SLOW_S)
+        time.sleep(SLOW_S if self.training else SLOW_EVAL_S)
         mask = attention_mask.unsqueeze(-1).float()
         mean = (self.words(input_ids) * mask).sum(1) / mask.sum(1)
         logits = self.head(self.dropout(torch.relu(self.inner(mean))))

@@ -135,14 +135,16 @@ def test_a_file_and_a_time_limit_stop_too(make_config: Callable[..., Path], mate
 def test_a_signal_before_the_first_step_is_not_lost(
     make_config: Callable[..., Path], material: Material, tmp_path: Path
 ) -> None:
-    """While torch is imported, data are read and the model loads: the run saves its start and ends with 75."""
+    """While torch is imported, data are read and the model loads: the run ends with 75 before it begins."""
     config, run = make_config(**LONG), tmp_path / "runs" / "job"
     with started(run_command(config), tmp_path, material) as job:
         wait_for(lambda: len(job.pids()) == 3, 30, job.output)
         time.sleep(1.0)
         assert not run.exists(), "too late to test this"
         job.process.send_signal(signal.SIGTERM)
-        assert check_stopped(job, run, job.wait(60), "SIGTERM") <= 1
+        assert job.wait(60) == 75
+        assert "stopped on SIGTERM before the first step" in job.output()
+    assert not run.exists()
 
 
 def test_a_second_signal_ends_at_once(make_config: Callable[..., Path], material: Material, tmp_path: Path) -> None:
@@ -248,6 +250,33 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_what_was_before(
     assert read_json(run / "summary.json")["status"] == "failed"
     with started(run_command(config), tmp_path, material) as job:
         assert job.wait(60) == 0
+
+
+def test_a_cache_that_is_half_filled_is_kept_and_filled_up(
+    make_config: Callable[..., Path], material: Material, tmp_path: Path
+) -> None:
+    """A signal while the frozen prefix runs ends the job at once; the next one goes on, and stores the same bytes."""
+    train = {"epochs": 1, "eval_batch_size": 4}
+    config = make_config(cache={"mode": "on", "folder": str(tmp_path / "cache")}, train=train)
+    with started(run_command(config), tmp_path, material, SLOW_EVAL_S="0.2") as job:
+        wait_for(lambda: list(tmp_path.glob("cache/.*/train-*.bin")), 60, job.output)
+        time.sleep(1)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait(30) == 75
+        assert "stopped on SIGTERM before the first step" in job.output()
+    noted = [read_json(path)["rows"] for path in tmp_path.glob("cache/.*/train-*.json")]
+    assert len(noted) == 2
+    assert all(0 < rows < 75 for rows in noted)
+    with started(run_command(config), tmp_path, material) as job:
+        assert job.wait(60) == 0
+    (kept,) = (tmp_path / "cache").iterdir()
+    straight = make_config(cache={"mode": "on", "folder": str(tmp_path / "straight")}, train=train)
+    with started([*run_command(straight), "--fresh"], tmp_path, material) as job:
+        assert job.wait(60) == 0
+    (whole,) = (tmp_path / "straight").iterdir()
+    assert kept.name == whole.name
+    for path in sorted(whole.glob("*.bin")):
+        assert path.read_bytes() == (kept / path.name).read_bytes(), path.name
 
 
 def test_a_bounded_number_of_such_steps_can_be_left_out(material: Material, runs: RunJobs) -> None:
