@@ -206,6 +206,9 @@ def _zero3(layout: Layout, world_size: int, zero: Mapping[str, Any], accumulates
     in_bf16, total = layout.num_reduced_in_bf16, layout.trainable
     buckets = bucket * ((FP32_BYTES if in_bf16 < total else 0) + (BF16_BYTES if in_bf16 else 0))
     staged = min(bucket, total) * FP32_BYTES  # whole gradients, until they are in a bucket
+    gathered = gathered_elements(layout, zero)
+    if world_size > 1:  # what has arrived in one flat buffer is copied out of it, weight by weight
+        gathered += min(total + layout.num_frozen, int(zero["stage3_prefetch_bucket_size"]))
     return StateBytes(
         trainable_weights=share,
         frozen_weights=frozen,
@@ -213,7 +216,7 @@ def _zero3(layout: Layout, world_size: int, zero: Mapping[str, Any], accumulates
         optimizer=ADAM_MOMENTS * share + STEP_COUNT_BYTES * len(layout.groups),
         masters=share,
         buffers=layout.buffer_bytes,
-        communication=buckets + staged + gathered_elements(layout, zero) * FP32_BYTES,
+        communication=buckets + staged + gathered * FP32_BYTES,
         update=buckets + max(shares) * FP32_BYTES,
         padding=share - total * FP32_BYTES // world_size + frozen - layout.frozen_bytes // world_size,
     )
