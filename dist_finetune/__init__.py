@@ -17,7 +17,7 @@ def __getattr__(name: str) -> Any:
 
         return make_plan
     if name == "train":
-        from dist_finetune.task import run_task
+        from dist_finetune.worker import run_task
 
         return run_task
     raise AttributeError(f"module 'dist_finetune' has no attribute {name!r}")

@@ -216,7 +216,7 @@ def train(
         hold_back_signals()  # until training can answer them with a checkpoint
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from dist_finetune.task import run_task
+    from dist_finetune.worker import run_task
 
     # record: torchrun shows the error of the rank that failed first, last
     record(run_task)(spec, fresh=fresh, changes=changes)
@@ -268,7 +268,7 @@ def plan(
     memory = _parse_bytes(gpu_memory) if gpu_memory else None
     from dist_finetune.plan import Topology, local_topology, make_plan
     from dist_finetune.plan_text import render_plan
-    from dist_finetune.task import for_planning
+    from dist_finetune.worker import for_planning
 
     here = local_topology(gpus_per_node or 1, nodes)
     asks_for_gpus = gpus_per_node is not None or memory is not None

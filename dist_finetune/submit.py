@@ -24,7 +24,7 @@ from dist_finetune.price import GpuPrice, cost_lines, read_prices
 from dist_finetune.run_folder import LOGS, check_run_folder, folder_of, start_run_folder, write_text
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec, resolved_yaml
-from dist_finetune.task import for_planning
+from dist_finetune.worker import for_planning
 
 JOB_FILES = {"slurm": "job.sbatch", "skypilot": "skypilot.yaml", "dstack": "dstack.yaml", "kubernetes": "k8s.yaml"}
 SBATCH_TIMEOUT_S = 120

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from dist_finetune.cli import leave_at_once
 from dist_finetune.errors import DistFinetuneError
 from dist_finetune.spec_file import load_spec
-from dist_finetune.task import run_task
+from dist_finetune.worker import run_task
 
 
 def run_job(job: dict[str, Any], rank: int) -> dict[str, Any]:

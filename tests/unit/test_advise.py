@@ -20,7 +20,7 @@ from dist_finetune.data.tables import Tables
 from dist_finetune.errors import UserError
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec
-from dist_finetune.task import for_planning
+from dist_finetune.worker import for_planning
 
 
 def spec_of(**more: Any) -> Spec:
