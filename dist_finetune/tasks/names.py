@@ -1,0 +1,68 @@
+"""The tasks by name, their metrics, and which way each is better. Loads no torch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+from dist_finetune.errors import UserError, did_you_mean
+
+TaskName = Literal["classification", "multilabel", "regression", "token-classification"]
+TASKS: tuple[TaskName, ...] = get_args(TaskName)
+METRICS: dict[TaskName, tuple[str, ...]] = {
+    "classification": ("accuracy", "loss", "f1"),
+    "multilabel": ("f1", "loss", "f1_macro", "accuracy"),
+    "regression": ("r2", "loss", "mse", "mae", "pearson", "spearman"),
+    "token-classification": ("f1", "loss", "accuracy", "precision", "recall"),
+}
+"""The first leads tables and pages, and says which evaluation is the best where the user names no metric."""
+LOWER_IS_BETTER = ("loss", "mse", "mae")
+SHARES = ("accuracy", "f1", "f1_macro", "precision", "recall")
+"""Metrics that lie between 0 and 1."""
+LOSS_UNITS: dict[TaskName, str] = {
+    "classification": "loss a sample, nats",
+    "multilabel": "loss a sample, nats",
+    "regression": "squared error a sample",
+    "token-classification": "loss a token, nats",
+}
+
+
+def is_better(
+    metrics: Mapping[str, float], best: Mapping[str, float] | None, task: TaskName, key: str | None = None
+) -> bool:
+    """True where the metric `key` (such as "eval/f1") is better; without a key, where the task's first metric is, or
+    stayed while the loss fell."""
+    if best is None:
+        return True
+    names = (key.removeprefix("eval/"),) if key else (METRICS[task][0], "loss")
+    return _score(metrics, names) > _score(best, names)
+
+
+def _score(metrics: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
+    return tuple(-metrics[name] if name in LOWER_IS_BETTER else metrics[name] for name in names)
+
+
+def require_metric(key: str | None, task: TaskName) -> None:
+    """Raises UserError where `checkpoint.best` names a metric that the task does not have."""
+    valid = [f"eval/{name}" for name in METRICS[task]]
+    if key is not None and key not in valid:
+        raise UserError(
+            f"checkpoint.best: {key} is no metric of {task}. {did_you_mean(key, valid)} It has: {', '.join(valid)}"
+        )
+
+
+def require_classification(task: TaskName, what: str, columns: Sequence[str]) -> None:
+    """Raises UserError where `what`, which compares classes, is asked of data of another task."""
+    if task != "classification":
+        raise UserError(
+            f"{what} works for classification only, and the data is one of {task} (data.label={','.join(columns)}); "
+            "name a column of classes as data.label, or train with `dist-finetune run`"
+        )
+
+
+def outputs_in_words(task: TaskName, classes: Sequence[str]) -> str:
+    """What a model gives for a row, such as "11 classes" or "a number, score"."""
+    return {
+        "classification": f"{len(classes)} classes",
+        "multilabel": f"{len(classes)} labels, any number of them a row",
+        "regression": f"a number, {', '.join(classes)}",
+        "token-classification": f"{len(classes)} tags, one a word",
+    }[task]
