@@ -1,4 +1,4 @@
-"""One local data file as an Arrow table: .csv .tsv .json .jsonl .parquet .arrow. Nothing is cached, nothing is guessed.
+"""One local data file as an Arrow table, told by its suffix. Nothing is cached, nothing is guessed.
 
 Delimited files are read as text: an empty cell is empty, and words such as "null" or "NA" stay words. Errors count data
 rows from 1, the header aside.
@@ -15,10 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from dist_finetune.data.conll import conll_sentences
 from dist_finetune.errors import UserError, did_you_mean
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".conll")
 MAX_FIELD_CHARS = 2**31 - 1  # the csv module stops at 131,072, which a long document passes
 
 # A field that either has no quote at its start, or is quoted throughout with inner quotes doubled.
@@ -51,7 +52,9 @@ def read_pieces(path: Path, columns: Sequence[str] | None = None, num_rows: int 
         if suffix in DELIMITERS:
             yield from _delimited_pieces(path, DELIMITERS[suffix], columns, num_rows)
         elif suffix == ".jsonl":
-            yield from _object_pieces(path, _lines(path), num_rows)
+            yield from _object_pieces(path, _objects(path, _lines(path)), num_rows)
+        elif suffix == ".conll":
+            yield from _object_pieces(path, conll_sentences(path, _lines(path)), num_rows)
         elif suffix == ".json":
             yield from _json_pieces(path, num_rows)
         else:
@@ -145,7 +148,7 @@ def _json_pieces(path: Path, num_rows: int | None) -> Iterator[pa.Table]:
     except json.JSONDecodeError as error:
         if error.msg != "Extra data" or error.lineno == 1:
             raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
-        yield from _object_pieces(path, text.split("\n"), num_rows)
+        yield from _object_pieces(path, _objects(path, text.split("\n")), num_rows)
         return
     if isinstance(whole, list):
         yield from _slices(path, _from_objects(path, whole), num_rows)
@@ -159,8 +162,7 @@ def _json_pieces(path: Path, num_rows: int | None) -> Iterator[pa.Table]:
         yield _from_objects(path, [whole])
 
 
-def _object_pieces(path: Path, lines: Iterable[str], num_rows: int | None) -> Iterator[pa.Table]:
-    objects = _objects(path, lines)
+def _object_pieces(path: Path, objects: Iterator[Any], num_rows: int | None) -> Iterator[pa.Table]:
     first = 1
     while piece := list(islice(objects, num_rows)):
         yield _from_objects(path, piece, first)

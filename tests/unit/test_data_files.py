@@ -125,3 +125,18 @@ def test_a_file_of_datasets_keeps_its_features(tmp_path: Path) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features).to_parquet(tmp_path / "a.parquet")
     assert Dataset(read_file(tmp_path / "a.parquet")).features == features
+
+
+def test_conll_files_hold_sentences(tmp_path: Path) -> None:
+    plain = "In O\nOslo B-place\n\n\nRain O\n"
+    columns = "-DOCSTART- -X- -X- O\n\nIn IN I-PP O\nOslo NNP I-NP B-place\n\nRain NN I-NP O"
+    tabs = "In\tO\nOslo\tB-place\n\nRain\tO\n\n"
+    for number, content in enumerate((plain, columns, tabs)):
+        table = read_file(write(tmp_path / f"{number}.conll", content))
+        assert table.to_pylist() == [
+            {"tokens": ["In", "Oslo"], "tags": ["O", "B-place"]},
+            {"tokens": ["Rain"], "tags": ["O"]},
+        ]
+    assert [len(piece) for piece in read_pieces(tmp_path / "0.conll", num_rows=1)] == [1, 1]
+    assert ":2: 'Oslo' has no tag" in refused(tmp_path / "a.conll", "In O\nOslo\n")
+    assert "no rows" in refused(tmp_path / "b.conll", "\n\n")
