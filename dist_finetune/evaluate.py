@@ -4,23 +4,41 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
+from dist_finetune.data.batches import Ids
 from dist_finetune.data.loading import Rows
 from dist_finetune.engine import Predictor
 from dist_finetune.errors import TrainingError
+from dist_finetune.tasks.task import counted, task_of
 from dist_finetune.world import World, gather_objects
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Logits (N, num_classes) and labels (N,) in dataset order, and the metrics that follow from them."""
+    """Logits (M, C), labels (M,) or (M, C), and row numbers (M,) of all rows of a split, or of all labelled words, in
+    dataset order; and the metrics that follow from them."""
 
     logits: torch.Tensor
     labels: torch.Tensor
+    rows: torch.Tensor
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Row numbers (M,), logits (M, C) and labels of the targets that fell to a rank, in the order of its batches."""
+
+    rows: torch.Tensor
+    logits: torch.Tensor
+    labels: torch.Tensor
+
+    def in_order(self) -> "Share":
+        """By row; the words of a row stay as they are."""
+        order = self.rows.argsort(stable=True)
+        return Share(self.rows[order], self.logits[order], self.labels[order])
 
 
 def evaluate(
@@ -30,49 +48,39 @@ def evaluate(
 
     Calls `between` before each batch, as often on every rank; it may raise to end the evaluation.
     """
-    gathered = [part for part in gather_objects(predict_share(model, rows, batch_size, world, between)) if part]
-    order, all_logits, all_labels = (torch.cat(parts) for parts in zip(*gathered, strict=True))
-    if not torch.equal(order.sort().values, torch.arange(rows.num_rows)):
-        raise TrainingError(f"evaluation saw {len(order)} rows instead of each of {rows.num_rows} once")
-    back = order.argsort()
-    all_logits, all_labels = all_logits[back], all_labels[back]
-    return Evaluation(all_logits, all_labels, classification_metrics(all_logits, all_labels))
+    parts = [part for part in gather_objects(predict_share(model, rows, batch_size, world, between)) if part]
+    whole = Share(*(torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "logits", "labels")))
+    whole = whole.in_order()
+    expected = _targets_of(rows, np.arange(rows.num_rows))
+    if not torch.equal(whole.rows, expected):
+        raise TrainingError(f"evaluation saw {len(whole.rows)} rows or words instead of each of {len(expected)} once")
+    metrics = task_of(rows.task).metrics(whole.logits, whole.labels, whole.rows, rows.classes)
+    return Evaluation(whole.logits, whole.labels, whole.rows, metrics)
 
 
 def predict_share(
     model: Predictor, rows: Rows, batch_size: int, world: World, between: Callable[[], object] = lambda: None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Numbers (M,), logits (M, num_classes) and labels (M,) of the rows that fall to this rank, in the order of its
-    batches; None where there are none. All ranks run as many batches."""
+) -> Share | None:
+    """What the model gives for the rows that fall to this rank; None where there are none. All ranks run as many
+    batches."""
     model.module.eval()
     batches = rows.evaluation_batches(batch_size, world)
     loader = DataLoader(rows.dataset, batch_sampler=[b.ids.tolist() for b in batches], collate_fn=rows.collate)
-    logits, labels, ids = [], [], []
+    logits, labels, numbers = [], [], []
     for micro, batch in zip(batches, loader, strict=True):
         between()
         out = model.predict(to_device(batch["inputs"], world.device)).cpu()
         if not micro.is_filler:
+            out, true = counted(out, batch["labels"])
             logits.append(out)
-            labels.append(batch["labels"])
-            ids.append(torch.from_numpy(micro.ids))
-    return (torch.cat(ids), torch.cat(logits), torch.cat(labels)) if ids else None
+            labels.append(true)
+            numbers.append(_targets_of(rows, micro.ids))
+    return Share(torch.cat(numbers), torch.cat(logits), torch.cat(labels)) if numbers else None
 
 
-def classification_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """loss, accuracy and macro F1 (over the classes that occur or are predicted) of logits (N, C), labels (N,).
-
-    The same as torchmetrics says, which a process would need six seconds to import.
-    """
-    num_classes = logits.shape[1]
-    predicted = logits.argmax(1)
-    counts = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
-    right, either = counts.diagonal().double(), (counts.sum(0) + counts.sum(1)).double()
-    f1 = (2 * right / either)[either > 0]
-    return {
-        "loss": nn.functional.cross_entropy(logits.double(), labels).item(),
-        "accuracy": (right.sum() / len(labels)).item(),
-        "f1": f1.mean().item(),
-    }
+def _targets_of(rows: Rows, ids: Ids) -> torch.Tensor:
+    """The row of each target of the rows `ids`."""
+    return torch.from_numpy(ids if rows.num_targets is None else np.repeat(ids, rows.num_targets[ids]))
 
 
 def to_device(
@@ -82,17 +90,6 @@ def to_device(
     if isinstance(inputs, dict):
         return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
     return inputs.to(device, non_blocking=True)
-
-
-def is_better(metrics: dict[str, float], best: dict[str, float] | None, key: str | None = None) -> bool:
-    """True where the metric `key` (such as "eval/f1") is better; without a key, where accuracy rose, or stayed while
-    the loss fell."""
-    if best is None:
-        return True
-    if key:
-        name = key.removeprefix("eval/")
-        return metrics[name] < best[name] if name == "loss" else metrics[name] > best[name]
-    return (metrics["accuracy"], -metrics["loss"]) > (best["accuracy"], -best["loss"])
 
 
 def all_finite(values: Sequence[float]) -> bool:

@@ -50,7 +50,7 @@ def finish_run(
     summary = summarise(job, progress, kept_step, final, verified, saver.pauses_s, memory, total_s)
     write_page(job.folder, job.world, job.report)
     job.report.finish(summary.to_json(), exit_code=0)
-    job.report.say(render_summary(summary))
+    job.report.say(render_summary(summary, job.plan.data.task))
     stage.engine.close()
     return summary
 

@@ -5,14 +5,17 @@ from torch import nn
 from dist_finetune.data.loading import Batch
 from dist_finetune.errors import UserError
 from dist_finetune.models.sources import forward_logits
+from dist_finetune.tasks.names import TaskName
+from dist_finetune.tasks.task import require_fitting_logits, task_of
 from dist_finetune.world import World, gather_objects
 
 
-def require_gradients(model: nn.Module, batch: Batch, world: World) -> None:
+def require_gradients(model: nn.Module, batch: Batch, world: World, task: TaskName, num_outputs: int) -> None:
     """One dry pass of one batch on the unsharded model: every trainable parameter must get a gradient, on every rank.
 
-    In eval mode, so that neither random numbers nor running statistics move. Raises UserError that names the parameters
-    outside the loss, which DDP would answer with "Expected to have finished reduction" (pytorch#43259).
+    In eval mode, so that neither random numbers nor running statistics move. Raises UserError for logits that don't fit
+    the task, and one that names the parameters outside the loss, which DDP would answer with "Expected to have finished
+    reduction" (pytorch#43259).
     """
     model.eval()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -24,7 +27,8 @@ def require_gradients(model: nn.Module, batch: Batch, world: World) -> None:
 
     handles = [p.register_post_accumulate_grad_hook(note) for p in trainable.values()]
     logits = forward_logits(model, batch["inputs"])
-    nn.functional.cross_entropy(logits.float(), batch["labels"], reduction="sum").backward()
+    require_fitting_logits(logits, batch["labels"], task, num_outputs)
+    task_of(task).loss(logits.float(), batch["labels"]).backward()
     for handle in handles:
         handle.remove()
     missed = [name for name, p in trainable.items() if id(p) not in reached]

@@ -22,10 +22,11 @@ from dist_finetune.memory.activations import fake_inputs
 from dist_finetune.memory.choice import USABLE_SHARE, Limits, RankMemory, choose_strategy, rows_in_caches
 from dist_finetune.memory.costs import Costs, PassRequest, plan_costs
 from dist_finetune.models.card import ModelCard
-from dist_finetune.models.sources import build_model, describe_model
+from dist_finetune.models.sources import build_model, describe_model, for_task
 from dist_finetune.models.structure import Structure, structure_of
 from dist_finetune.phases import PhasePlan, plan_phases
 from dist_finetune.spec import Spec, Strategy
+from dist_finetune.tasks.names import TaskName, require_metric
 
 MAX_TOKENS = 512  # default limit of max_length: what BERT's positions allow
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp")
@@ -52,11 +53,12 @@ class DataPlan:
     classes: tuple[str, ...]
     modality: Literal["text", "image"]
     columns: tuple[str, ...]
-    label: str
+    label: tuple[str, ...]
     fingerprint: str
     max_length: int | None
     image_size: tuple[int, int] | None
     num_workers: int
+    task: TaskName = "classification"
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,8 @@ def make_plan(spec: Spec, topology: Topology | None = None) -> Plan:
 
     Raises UserError for anything wrong with the user's input.
     """
-    return plan_run(spec, topology or local_topology(), read_tables(spec.data, spec.train.seed), measure=True)
+    tables = read_tables(spec.data, spec.train.seed, task=spec.label_task)
+    return plan_run(spec, topology or local_topology(), tables, measure=True)
 
 
 def local_topology(processes: int = 1, num_nodes: int = 1) -> Topology:
@@ -177,6 +180,8 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
     measure = topology.device_memory_bytes is not None if measure is None else measure
     card = describe_model(spec.model, spec.data.image_size)
     data = _plan_data(spec, topology, tables, card)
+    card = for_task(card, data.task)
+    require_metric(spec.checkpoint.best, data.task)
     with torch.device("meta"):
         model = build_model(card, spec.model, data.classes)
     structure = structure_of(model)
@@ -195,7 +200,12 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
         limits,
         spec.train.micro_batch_size,
         precision != "fp32",
-        PassRequest(fake_inputs(card, data.max_length, data.image_size), spec.train.gradient_checkpointing, compare)
+        PassRequest(
+            fake_inputs(card, data.max_length, data.image_size),
+            spec.train.gradient_checkpointing,
+            compare,
+            data.task,
+        )
         if measure
         else None,
         spec.checkpoint.full,
@@ -242,12 +252,13 @@ def _plan_data(spec: Spec, topology: Topology, tables: Tables, card: ModelCard) 
         {name: len(rows) for name, rows in splits.items() if rows is not None},
         tables.classes,
         tables.modality,
-        tables.text_columns or ((tables.image_column,) if tables.image_column else ()),
-        tables.label_column,
+        tables.columns.inputs,
+        tables.columns.label,
         tables.fingerprint,
         spec.data.max_length or min(limit, MAX_TOKENS) if is_text else None,
         card.image.size if card.image else None,
         default_workers if spec.data.num_workers is None else spec.data.num_workers,
+        tables.task,
     )
 
 

@@ -8,6 +8,7 @@ from dist_finetune.lint import below, first_trainable_part
 from dist_finetune.memory.state import BF16_BYTES, FP32_BYTES
 from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
+from dist_finetune.tasks.names import outputs_in_words
 
 
 def render_plan(plan: Plan, params: bool = False) -> RenderableType:
@@ -31,7 +32,7 @@ def plan_lines(plan: Plan) -> str:
     total_batch = f"{accumulated} x {plan.topology.world_size} processes"
     return "\n".join(
         [
-            f"model     {plan.card.name}, {plan.data.modality}, {len(data.classes)} classes",
+            f"model     {plan.card.name}, {data.modality}, {outputs_in_words(data.task, data.classes)}",
             f"data      {rows} rows, {size}",
             *(_phase_line(plan, phase) for phase in plan.phases),
             f"batch     {batches.global_batch_size} = {total_batch}; the last of an epoch {batches.last_batch_size}",

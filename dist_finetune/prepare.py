@@ -29,11 +29,12 @@ from dist_finetune.models.demo import EFFICIENTNET
 from dist_finetune.models.fetch import count_tensors, weight_files
 from dist_finetune.models.hub import TIMM_HUB
 from dist_finetune.models.saved import saved_folder
-from dist_finetune.models.sources import build_model, describe_model, load_tokenizer
+from dist_finetune.models.sources import build_model, describe_model, for_task, load_tokenizer
 from dist_finetune.models.transformers_config import source_folder
 from dist_finetune.plan import local_topology, plan_run
 from dist_finetune.spec import DataSpec, Spec
 from dist_finetune.spec_file import load_spec
+from dist_finetune.tasks.names import outputs_in_words
 
 NETWORK_EVENTS = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -103,13 +104,16 @@ def find_all(spec: Spec) -> list[Item]:
         items.append(Item("weights", f"{num_tensors:,} tensors in {files[0].name}{_more(files)}", tuple(files)))
     else:
         items.append(Item("weights", "none are read"))
-    tables = read_tables(spec.data, spec.train.seed)
+    tables = read_tables(spec.data, spec.train.seed, task=spec.label_task)
     # A function of the user's may fetch weights of its own as it builds; all others build without memory.
     with torch.device("cpu" if card.source == "custom" else "meta"):
+        card = for_task(card, tables.task)
         build_model(card, spec.model, tables.classes)
     if card.modality == "text" and tables.modality == "text":
         tokenizer = load_tokenizer(card)
-        num_tokens = len(tokenizer(column_values(tables.train, "text")[0])["input_ids"])
+        are_words = tables.task == "token-classification"
+        first = column_values(tables.train, "words" if are_words else "text")[0]
+        num_tokens = len(tokenizer(first, is_split_into_words=are_words)["input_ids"])
         items.append(Item("tokenizer", f"{len(tokenizer):,} tokens; the first row has {num_tokens}"))
         if is_large(tables):
             items.append(_tokens_item(spec, tables, tokenizer))
@@ -177,7 +181,7 @@ def _data_item(spec: DataSpec, tables: Tables) -> Item:
     named = [name for names in (spec.train, spec.validation, spec.test) if isinstance(names, tuple) for name in names]
     items = [one for item in dict.fromkeys(named) for one in expand(item, "data")]
     files = [path for item in items for path in _data_files(item)]
-    return Item("data", f"{rows} rows, {len(tables.classes)} classes", tuple(files))
+    return Item("data", f"{rows} rows, {outputs_in_words(tables.task, tables.classes)}", tuple(files))
 
 
 def _data_files(item: str) -> list[Path]:

@@ -83,7 +83,7 @@ def _train(spec: Spec, fresh: bool, world: World, report: Reporter, signals: Sto
 def _prepare(spec: Spec, world: World, report: Reporter, signals: StopSignals) -> Job:
     """Everything that needs no weights: data, plan, agreement of ranks and launcher with it, encoded rows."""
     report.say(f"reading {', '.join(spec.data.train)}")
-    tables = together(lambda: read_tables(spec.data, spec.train.seed))
+    tables = together(lambda: read_tables(spec.data, spec.train.seed, task=spec.label_task))
     topology = local_topology(world.local_world_size, world.num_nodes)
     plan = together(lambda: plan_run(spec, topology, tables))
     if spec.train.micro_batch_size == "auto" and world.device.type == "cuda":

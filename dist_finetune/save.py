@@ -56,8 +56,9 @@ def gather_state(engine: Engine, world: World) -> dict[str, torch.Tensor]:
 
 
 def save_predictions(evaluations: Mapping[str, Evaluation], folder: Path) -> None:
-    """One safetensors file a split: logits (N, num_classes) and labels (N,), in dataset order."""
+    """One safetensors file a split: logits (M, C), labels (M,) or (M, C) and row numbers (M,) of all rows, or of all
+    labelled words, in dataset order."""
     folder.mkdir(exist_ok=True)
     for name, evaluation in evaluations.items():
-        tensors = {"logits": evaluation.logits.contiguous(), "labels": evaluation.labels.contiguous()}
+        tensors = {key: getattr(evaluation, key).contiguous() for key in ("logits", "labels", "rows")}
         save_file(tensors, folder / f"{name}.safetensors")

@@ -15,6 +15,7 @@ from dist_finetune.spec_base import AutoOrPositive, DurationS, PositiveInt, Sect
 from dist_finetune.spec_base import empty_section as _section
 from dist_finetune.spec_features import FeaturesSpec
 from dist_finetune.spec_launch import CloudSpec, SlurmSpec
+from dist_finetune.tasks.names import TaskName
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
 FREEZE_WORDS = ("none", "backbone", "norms", "bias-only", "all-but-last N")
@@ -74,7 +75,7 @@ class ModelSpec(Section):
 
 class DataSpec(Section):
     train: StringList
-    """Hub id, file(s) .csv .tsv .json .jsonl .parquet .arrow, a folder of class folders, or `builtin:NAME`."""
+    """Hub id, file(s) .csv .tsv .json .jsonl .parquet .arrow .conll, a folder of class folders, or `builtin:NAME`."""
     validation: FractionOrSources = 0.1
     """The same kinds as `train`, or the fraction of `train` to hold out (stratified, seeded)."""
     test: StringList | None = None
@@ -82,11 +83,11 @@ class DataSpec(Section):
     columns: tuple[str, ...] | None = None
     """Names of the columns of .csv / .tsv files that have no header line."""
     text: StringList | None = None
-    """Text column, or two columns for a pair. Found by itself where unambiguous."""
+    """Text column, two columns for a pair, or the column of word lists. Found by itself where unambiguous."""
     image: str | None = None
     """Image column. Found by itself where unambiguous."""
-    label: str | None = None
-    """Label column. Found by itself where unambiguous."""
+    label: StringList | None = None
+    """Label column, or several columns of 0 and 1 for a multilabel task. Found by itself where unambiguous."""
     max_rows: PositiveInt | None = None
     """Use only so many training rows (a seeded sample)."""
     max_length: PositiveInt | None = None
@@ -223,8 +224,14 @@ class CheckpointSpec(Section):
     """How often to save: "200 steps", "30 min" or "1 epoch"."""
     keep: PositiveInt = 2
     """Newest checkpoints to keep; older ones go once a newer one is complete."""
-    best: Literal["eval/accuracy", "eval/loss", "eval/f1"] | None = None
-    """Also keep the checkpoint with the best value, and export that model instead of the last."""
+    best: (
+        Literal[
+            "eval/accuracy", "eval/loss", "eval/f1", "eval/f1_macro", "eval/precision", "eval/recall",
+            "eval/mse", "eval/mae", "eval/r2", "eval/pearson", "eval/spearman",
+        ]
+        | None
+    ) = None  # fmt: skip
+    """Also keep the checkpoint with the best value, and export that model instead of the last. A metric of the task."""
     full: bool = False
     """Store frozen weights too; without it the base model must stay at hand."""
 
@@ -262,8 +269,9 @@ class Spec(Section):
     """Which model, and its weights, such as `model: {name: bert-base-uncased}`."""
     data: Annotated[DataSpec, BeforeValidator(_section)]
     """What to train and to evaluate on, such as `data: {train: rows.csv}`."""
-    task: Literal["classification", "features"] | None = None
-    """Found from the data when left out. features: fit linear heads and SVMs on extracted features instead."""
+    task: Literal["classification", "multilabel", "regression", "token-classification", "features"] | None = None
+    """Found from the label column when left out: a class, several labels, a real number, or a tag for each word.
+    features: fit linear heads and SVMs on extracted features instead of training."""
     features: Annotated[FeaturesSpec, BeforeValidator(_section)] = FeaturesSpec()
     strategy: Literal["auto"] | None = None
     """auto: measure the data with probes first (as `advise` does), then take the freeze and rates that follow."""
@@ -287,6 +295,11 @@ class Spec(Section):
     """Name of the run; its folder is <output>/<name>. Found from the config's file name when left out."""
     output: str = "runs"
     """Folder that holds the folders of all runs."""
+
+    @property
+    def label_task(self) -> TaskName | None:
+        """What the labels are said to be for; None where that is to be found."""
+        return None if self.task == "features" else self.task
 
     @field_validator("name")
     @classmethod

@@ -54,7 +54,8 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
         change_once_a_node(model, partial(load_weights, model, checkpoint), job.world)
     apply_freeze(model, phase.manifest)
     digests = digest_frozen(model, phase.manifest)
-    require_gradients(model, job.splits["train"].first_batch(), job.world)
+    rows = job.splits["train"]
+    require_gradients(model, rows.first_batch(), job.world, rows.task, len(rows.classes))
     splits = job.splits
     dropped: dict[str, torch.Tensor] = {}
     started_s = time.perf_counter()

@@ -113,9 +113,9 @@ def _plans(specs: Sequence[Spec], request: Request) -> list[Plan]:
     read: dict[str, Tables] = {}
     plans = []
     for spec in specs:
-        key = f"{spec.data!r} {spec.train.seed}"
+        key = f"{spec.data!r} {spec.train.seed} {spec.label_task}"
         if key not in read:
-            read[key] = read_tables(spec.data, spec.train.seed)
+            read[key] = read_tables(spec.data, spec.train.seed, task=spec.label_task)
         plan = plan_run(for_planning(spec), topology, read[key], measure=measure)
         plans.append(replace(plan, spec=spec))
     return plans

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from dist_finetune.checkpoint.saver import Saver
 from dist_finetune.data.batches import StepBatch, training_steps
@@ -13,16 +12,16 @@ from dist_finetune.data.loading import Batch
 from dist_finetune.drift import DriftCheck
 from dist_finetune.engine.statistics import average_statistics
 from dist_finetune.errors import TrainingError
-from dist_finetune.evaluate import Evaluation, all_finite, evaluate, is_better, to_device
+from dist_finetune.evaluate import Evaluation, all_finite, evaluate, to_device
 from dist_finetune.freeze import train_mode
 from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.optim import lr_factor, set_lr
 from dist_finetune.peak_memory import peak_memory_gib
 from dist_finetune.phases import PhasePlan
 from dist_finetune.stopping import Interrupted, Stopped, StopWish
+from dist_finetune.tasks.names import is_better
+from dist_finetune.tasks.task import task_of
 from dist_finetune.world import sum_over_ranks
-
-IGNORED_LABEL = -100  # rows of filler micro-batches carry it, so that they add nothing to loss or gradient
 
 
 @dataclass
@@ -105,6 +104,7 @@ def _steps_of(job: Job, stage: Stage, progress: Progress) -> Iterator[StepBatch]
         job.world.world_size,
         rows.lengths,
         first_step=progress.step,
+        targets=rows.num_targets,
     )
 
 
@@ -113,10 +113,12 @@ def _train_step(
 ) -> None:
     """One optimizer step: all micro-batches, one reduction, one update.
 
-    The loss of each micro-batch is a sum over its rows divided by the global batch's real count, so that partial
-    windows and uneven shares weigh every sample the same; times world size, because engines average over ranks.
+    The loss of each micro-batch is a sum over its rows, or labelled words, divided by the global batch's real count, so
+    that partial windows and uneven shares weigh each of them the same; times world size, because engines average over
+    ranks. Filler micro-batches weigh nothing.
     """
     world, engine, phase = job.world, stage.engine, stage.phase
+    task, num_targets = task_of(job.plan.data.task), max(1, step.num_targets)
     _seed(_seed_of(job.plan.spec.train.seed, step.step, world.rank), world.device)
     lr = set_lr(engine.param_groups, lr_factor(phase_step, phase.num_steps, phase.warmup_steps, phase.schedule))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -124,15 +126,14 @@ def _train_step(
         is_last = i == len(step.micro_batches) - 1
         batch = next(batches)
         labels = batch["labels"].to(world.device, non_blocking=True)
-        if micro.is_filler:
-            labels = torch.full_like(labels, IGNORED_LABEL)
         logits = engine.forward(to_device(batch["inputs"], world.device), is_last)
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL)
-        engine.backward(loss * (world.world_size / step.num_samples), is_last)
-        total += loss.detach()
+        loss = task.loss(logits, labels)
+        engine.backward(loss * (0.0 if micro.is_filler else world.world_size / num_targets), is_last)
+        if not micro.is_filler:
+            total += loss.detach()
     log.norms.append(engine.step())
     average_statistics(stage.statistics)
-    log.losses.append(total / step.num_samples)
+    log.losses.append(total / num_targets)
     log.steps.append((step, lr))
 
 
@@ -217,7 +218,7 @@ def _evaluate(job: Job, stage: Stage, progress: Progress, saver: Saver, stop: St
     result = evaluate_validation(job, stage, progress.step, stop)
     progress.evaluated = True
     best_key = job.plan.spec.checkpoint.best
-    if is_better(result.metrics, progress.best, best_key):
+    if is_better(result.metrics, progress.best, job.plan.data.task, best_key):
         progress.best, progress.best_step, progress.without_gain = result.metrics, progress.step, 0
         if best_key:
             saver.save(stage, progress, best=True)

@@ -15,6 +15,7 @@ from dist_finetune.freeze import apply_freeze, train_mode
 from dist_finetune.memory.activations import fake_inputs
 from dist_finetune.models.sources import build_model, forward_logits
 from dist_finetune.plan import Plan
+from dist_finetune.tasks.task import task_of
 from dist_finetune.world import World
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "could not create a memory object")
@@ -80,8 +81,8 @@ def _pass(plan: Plan, rows: int, device: torch.device) -> None:
     batch: Any = to_device(fake_inputs(plan.card, plan.data.max_length, plan.data.image_size)(rows), device)
     with autocast_of(plan)():
         logits = forward_logits(model, batch)
-    labels = torch.zeros(rows, dtype=torch.int64, device=device)
-    nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
+    task = task_of(plan.data.task)
+    task.loss(logits.float(), task.blank(logits.float())).backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # what has been queued must have run, too
     del ballast

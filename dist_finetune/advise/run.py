@@ -14,10 +14,10 @@ from dist_finetune.advise.probes import Evidence, depth_words, measure, sample_t
 from dist_finetune.advise.situation import Verdict, choices, judge
 from dist_finetune.advise.text import plot_probes, ready_yaml, render_advice
 from dist_finetune.data.arrow import column_values
-from dist_finetune.data.tables import Tables, read_tables
+from dist_finetune.data.tables import Tables
 from dist_finetune.errors import UserError
 from dist_finetune.features.depths import head_linear
-from dist_finetune.features.job import FeatureJob, extract_all, prepare_features
+from dist_finetune.features.job import FeatureJob, class_tables, extract_all, prepare_features
 from dist_finetune.models.sources import build_model, describe_model
 from dist_finetune.models.structure import structure_of
 from dist_finetune.plan import local_topology
@@ -88,7 +88,7 @@ def advice_folder(spec: Spec) -> Path:
 def _advise(spec: Spec, world: World, report: Reporter) -> Advice:
     started_s = time.perf_counter()
     report.say(f"reading {', '.join(spec.data.train)}")
-    tables = together(lambda: read_tables(spec.data, spec.train.seed))
+    tables = together(lambda: class_tables(spec, "advice"))
     labels = column_values(tables.train, "label")
     sampled = sample_tables(tables, spec.train.seed)
     job = _prepare(spec, sampled, world, report)

@@ -26,6 +26,7 @@ from dist_finetune.models.sources import forward_logits
 from dist_finetune.phases import PhasePlan
 from dist_finetune.run_folder import write_json
 from dist_finetune.stopping import told_to_stop
+from dist_finetune.tasks.task import counted
 from dist_finetune.world import on_first, patience, together
 
 if TYPE_CHECKING:
@@ -167,19 +168,21 @@ def _rows(job: Job, folder: Path, name: str, layout: Layout) -> Rows:
         StoredRows(folder, name, layout), layout, rows.collate if is_text else None, _pads_left(rows)
     )
     dataset = CachedRows(rows.dataset, is_text, _num_views(job, rows))
-    return Rows(dataset, collate, rows.lengths, pass_epoch=rows.pass_epoch)
+    return replace(rows, dataset=dataset, collate=collate, num_workers=0)
 
 
 def _check_agreement(job: Job, model: nn.Module, cut: Cut, cached: Rows) -> None:
     """The first rows both ways, in eval mode: the whole model, and its tail from what is stored. Makes the tail."""
     device, precision = job.world.device, job.plan.precision
-    whole_inputs = to_device(job.splits["train"].first_batch(PROBE_ROWS)["inputs"], device)
+    batch = job.splits["train"].first_batch(PROBE_ROWS)
+    whole_inputs = to_device(batch["inputs"], device)
     tail_inputs = to_device(cached.first_batch(PROBE_ROWS)["inputs"], device)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        whole = forward_logits(model, whole_inputs).float()
+        # padding has logits of its own where words are tagged; nothing reads them, and none are stored
+        whole, _ = counted(forward_logits(model, whole_inputs).float().cpu(), batch["labels"])
         undo = make_tail(model, cut)
         try:
-            tail = forward_logits(model, tail_inputs).float()
+            tail, _ = counted(forward_logits(model, tail_inputs).float().cpu(), batch["labels"])
             difference = ((whole - tail).abs().max() / whole.abs().max().clamp(min=1e-12)).item()
             problem = f"its logits would differ by {difference:.1e}"
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:

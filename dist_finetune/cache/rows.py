@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from dist_finetune.cache.cut import ACTIVATION
 from dist_finetune.cache.store import Layout, StoredRows
 from dist_finetune.data.loading import Batch
+from dist_finetune.data.targets import stacked_labels
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class CachedCollate:
 
     def __call__(self, rows: list[Any]) -> Batch:
         if self.collate_text is None:
-            batch: Batch = {"labels": torch.tensor([row["label"] for _, row in rows])}
+            batch: Batch = {"labels": stacked_labels([row for _, row in rows])}
         else:
             batch = self.collate_text([row for _, row in rows])
         lengths = self.layout.lengths

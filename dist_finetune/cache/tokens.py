@@ -66,6 +66,7 @@ class TokenStore:
         made_from = {
             "data": self.plan.data.fingerprint,
             "columns": self.plan.data.columns,
+            "labels": [self.plan.data.task, *self.plan.data.classes],
             "max_length": self.plan.data.max_length,
             "tokenizer": tokenizer_digest(self.tokenizer),
             "split": split,

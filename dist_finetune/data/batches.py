@@ -27,13 +27,15 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One optimizer step on one rank. `num_samples` counts the samples of all ranks: the divisor of the loss."""
+    """One optimizer step on one rank. `num_samples` and `num_targets` count those of all ranks; the latter, samples or
+    labelled words, is the divisor of the loss."""
 
     step: int
     epoch: int
     num_samples: int
     micro_batches: tuple[MicroBatch, ...]
     ends_epoch: bool
+    num_targets: int = 0
 
 
 def global_batches(
@@ -83,8 +85,13 @@ def training_steps(
     world_size: int,
     lengths: NDArray[np.int32] | None = None,
     first_step: int = 0,
+    targets: NDArray[np.int64] | None = None,
 ) -> Iterator[StepBatch]:
-    """One rank's optimizer steps `first_step` to `total_steps - 1`, epoch after epoch."""
+    """One rank's optimizer steps `first_step` to `total_steps - 1`, epoch after epoch.
+
+    `targets` are those of each row (None: one). All ranks know them of all rows, so that no collective is needed to
+    count those of a step.
+    """
     steps_per_epoch = -(-num_rows // global_batch_size)
     step = first_step
     while step < total_steps:
@@ -95,7 +102,9 @@ def training_steps(
                 return
             batch = batches[position]
             micro = deal(batch, rank, world_size, micro_batch_size)
-            yield StepBatch(step, epoch, len(batch), micro, position == steps_per_epoch - 1 or step == total_steps - 1)
+            ends_epoch = position == steps_per_epoch - 1 or step == total_steps - 1
+            num_targets = len(batch) if targets is None else int(targets[batch].sum())
+            yield StepBatch(step, epoch, len(batch), micro, ends_epoch, num_targets)
             step += 1
 
 

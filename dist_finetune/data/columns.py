@@ -1,60 +1,85 @@
-"""Which columns hold text, image and label: as the user says, else found where only one reading is possible."""
+"""Which columns hold text, image and label, and so the task: as the user says, else where one reading is possible."""
 
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, List, Value
+from datasets import ClassLabel, Dataset, Value
 from datasets import Image as ImageFeature
 
-from dist_finetune.data.arrow import arrow_column
+from dist_finetune.data.label_kind import (
+    NEEDS,
+    are_numbers,
+    is_list,
+    is_string,
+    kind_of,
+    probe,
+    task_of_columns,
+)
 from dist_finetune.errors import UserError, did_you_mean
 from dist_finetune.spec import DataSpec
+from dist_finetune.tasks.names import TaskName
 
 LABEL_NAMES = ("label", "labels")
+WORD_NAMES = ("tokens", "words")
 MAX_FOUND_CLASSES = 100  # a column of more values is a label only where the user says so
-PROBE_ROWS = 50_000  # rows that show what a column holds
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of the training table that a run uses; `text` is empty for images, `image` None for text."""
+    """The columns of the training table that a run uses, and the task that they are for.
+
+    `text` is empty for images, `image` None for text; a column of words is `text` of a token classification.
+    """
 
     modality: Literal["text", "image"]
     text: tuple[str, ...]
     image: str | None
-    label: str
+    label: tuple[str, ...]
+    task: TaskName = "classification"
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """The text columns, or the image column."""
         return self.text if self.image is None else (self.image,)
 
+    @property
+    def label_in_words(self) -> str:
+        """The label columns, for a message."""
+        return ", ".join(map(repr, self.label))
 
-def find_columns(table: Dataset, spec: DataSpec, where: str) -> Columns:
-    """The columns to use. Raises UserError that lists the table's columns when one is missing or several would do."""
+
+def find_columns(table: Dataset, spec: DataSpec, where: str, task: TaskName | None = None) -> Columns:
+    """The columns to use for `task` (None: found). Raises UserError that lists the table's columns when one is missing,
+    several would do, or the task can't be made of them."""
     _refuse_unknown(table, spec, where)
-    label = spec.label or _find_label(table, spec, where)
-    images = [n for n, f in table.features.items() if isinstance(f, ImageFeature) and n != label]
+    words = _find_words(table, spec, where, task)
+    label = spec.label or (_find_label(table, spec, where, words, task),)
+    images = [n for n, f in table.features.items() if isinstance(f, ImageFeature) and n not in label]
     if spec.image is not None or (images and not spec.text):
-        return Columns("image", (), spec.image or _only(images, table, "image", where), label)
+        image = spec.image or _only(images, table, "image", where)
+        return Columns("image", (), image, label, task_of_columns(table, label, None, task, where))
+    if words is not None and (task == "token-classification" or all(is_list(table, name) for name in label)):
+        return Columns("text", (words,), None, label, task_of_columns(table, label, words, task, where))
     text = tuple(spec.text or ()) or (_only(_text_candidates(table, label), table, "text", where),)
     if len(text) > 2:
         raise UserError(f"data.text: {len(text)} columns; one text or a pair of two can be encoded")
-    if label in text or len(set(text)) < len(text):
-        raise UserError(f"data.text={', '.join(text)} and data.label={label}: each role needs a column of its own")
+    if set(label) & set(text) or len(set(text)) < len(text):
+        raise UserError(
+            f"data.text={', '.join(text)} and data.label={', '.join(label)}: each role needs a column of its own"
+        )
     for name in text:
         if not is_string(table, name):
             raise UserError(
                 f"{where}: data.text={name}: the column holds {_kind(table, name)}, not text. {_listed(table)}"
             )
-    return Columns("text", text, None, label)
+    return Columns("text", text, None, label, task_of_columns(table, label, None, task, where))
 
 
 def _refuse_unknown(table: Dataset, spec: DataSpec, where: str) -> None:
-    asked = [("text", name) for name in spec.text or ()] + [("image", spec.image), ("label", spec.label)]
+    asked = [("text", name) for name in spec.text or ()] + [("image", spec.image)]
+    asked += [("label", name) for name in spec.label or ()]
     wrong = [(role, name) for role, name in asked if name is not None and name not in table.column_names]
     if wrong:
         lines = [
@@ -66,25 +91,59 @@ def _refuse_unknown(table: Dataset, spec: DataSpec, where: str) -> None:
         raise UserError(
             f"data.image={spec.image} and data.text={', '.join(spec.text)}: a run takes text or images, not both"
         )
+    if len(set(spec.label or ())) < len(spec.label or ()):
+        raise UserError(f"data.label={', '.join(spec.label or ())}: the same column is named twice")
 
 
-def _find_label(table: Dataset, spec: DataSpec, where: str) -> str:
-    used = {*(spec.text or ()), spec.image}
+def _find_words(table: Dataset, spec: DataSpec, where: str, task: TaskName | None) -> str | None:
+    """The column that holds a list of words in each row; None where there is none, or where it can't be meant.
+
+    Raises UserError where `task` needs one.
+    """
+    if task not in (None, "token-classification"):
+        return None
+    names = list(spec.text) if spec.text else [n for n in table.column_names if n not in (spec.label or ())]
+    found = [name for name in names if is_list(table, name, of_text=True)]
+    named = [name for name in found if name.lower() in WORD_NAMES]
+    if len(named) == 1 and not spec.text:
+        return named[0]
+    if spec.text and len(found) == 1 and len(spec.text) == 1:
+        return found[0]
+    if task is None:
+        return None
+    what = f"{' and '.join(found)} could each be the words; write data.text=COLUMN" if found else "no column of words"
+    raise UserError(f"{where}: {what}. task: token-classification needs {NEEDS[task]}. {_listed(table)}")
+
+
+def _find_label(table: Dataset, spec: DataSpec, where: str, words: str | None, task: TaskName | None) -> str:
+    used = {*(spec.text or ()), spec.image, words}
     rest = [name for name in table.column_names if name not in used]
-    named = [name for name in rest if name.lower() in LABEL_NAMES]
-    typed = [name for name in rest if isinstance(table.features[name], ClassLabel)]
-    for found in (named, typed, [name for name in rest if _has_few_values(table, name)]):
+    ways: dict[str, Callable[[str], bool]] = {
+        "named": lambda name: name.lower() in LABEL_NAMES,
+        "typed": lambda name: isinstance(table.features[name], ClassLabel),
+        "lists": lambda name: is_list(table, name),
+        "few": lambda name: _has_few_values(table, name),
+        "real": lambda name: kind_of(table, name) == "real numbers",
+    }
+    order = ["named", "typed", "few", "lists", "real"] if words is None else ["named", "lists", "typed", "few", "real"]
+    if task in ("multilabel", "token-classification"):
+        order = ["named", "lists"]
+    elif task == "regression":
+        order = ["named", "real"]
+    for way in order:
+        found = [name for name in rest if ways[way](name)]
         if len(found) == 1:
             return found[0]
         if len(found) > 1:
             break
     several = f"{' and '.join(found)} could each be the label" if found else "no column looks like a label"
-    raise UserError(f"{where}: {several}; write data.label=COLUMN. {_listed(table)}")
+    needs = f" task: {task} needs {NEEDS[task]}." if task else ""
+    raise UserError(f"{where}: {several}; write data.label=COLUMN.{needs} {_listed(table)}")
 
 
-def _text_candidates(table: Dataset, label: str) -> list[str]:
+def _text_candidates(table: Dataset, label: tuple[str, ...]) -> list[str]:
     """String columns besides the label that aren't numbers: cells of a .csv file are all strings."""
-    names = [name for name in table.column_names if name != label and is_string(table, name)]
+    names = [name for name in table.column_names if name not in label and is_string(table, name)]
     return [name for name in names if not _is_numeric(table, name)]
 
 
@@ -104,26 +163,11 @@ def _kind(table: Dataset, name: str) -> str:
     feature = table.features[name]
     if isinstance(feature, Value):
         return "numbers as text" if is_string(table, name) and _is_numeric(table, name) else str(feature.dtype)
-    return "list" if isinstance(feature, (list, List)) else type(feature).__name__
-
-
-def is_string(table: Dataset, name: str) -> bool:
-    """Whether a column holds text, of any Arrow kind of string."""
-    feature = table.features[name]
-    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
-
-
-def _probe(table: Dataset, name: str) -> pa.ChunkedArray:
-    """The first rows of one column, without decoding anything."""
-    return arrow_column(table.select(range(min(len(table), PROBE_ROWS))), name)
+    return "list" if is_list(table, name) else type(feature).__name__
 
 
 def _is_numeric(table: Dataset, name: str) -> bool:
-    cells = _probe(table, name)
-    filled = pc.filter(cells, pc.not_equal(pc.fill_null(cells, ""), ""))
-    return len(filled) > 0 and all(
-        re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", c) for c in filled.to_pylist()
-    )
+    return are_numbers(probe(table, name).to_pylist())
 
 
 def _has_few_values(table: Dataset, name: str) -> bool:
@@ -132,6 +176,6 @@ def _has_few_values(table: Dataset, name: str) -> bool:
         is_string(table, name) or feature.dtype.startswith(("int", "uint", "bool"))
     ):
         return False
-    cells = _probe(table, name)
+    cells = probe(table, name)
     num_values = len(pc.unique(cells))
     return 2 <= num_values <= min(MAX_FOUND_CLASSES, len(cells) // 2)

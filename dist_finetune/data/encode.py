@@ -11,6 +11,8 @@ from dist_finetune.data.image_input import ImageInput
 from dist_finetune.data.loading import Rows
 from dist_finetune.data.tables import Tables
 from dist_finetune.data.text import TextRows, collate_text, encode_text
+from dist_finetune.data.words import count_labelled, encode_words
+from dist_finetune.errors import UserError
 from dist_finetune.plan import DataPlan, Plan
 
 Keep = Callable[[str, Dataset, Callable[[], TextRows]], TextRows]
@@ -22,7 +24,7 @@ def encode_splits(
 ) -> dict[str, Rows]:
     """Rows of "train", "validation" and, where there is one, "test". A tokenizer is needed for text only."""
     seed = plan.spec.train.seed if plan.spec.data.augment else None
-    return {
+    encoded = {
         name: encode_table(
             table,
             plan.data,
@@ -34,6 +36,14 @@ def encode_splits(
         )
         for name, table in tables.splits.items()
     }
+    for name, rows in encoded.items():
+        if rows.num_targets is not None and not rows.num_targets.all():
+            first = tables.splits[name][int(rows.num_targets.argmin())]["words"]
+            raise UserError(
+                f"data.{name}: {(rows.num_targets == 0).sum()} rows have no word that the tokenizer gives a token, or "
+                f"data.max_length leaves none; the first is {first!r:.200}. Remove them"
+            )
+    return encoded
 
 
 def encode_table(
@@ -52,8 +62,16 @@ def encode_table(
 
     assert image is not None
     augment = augment_seed is not None
-    encoded = ImageRows(table, image, augment, augment_seed or 0)
-    return Rows(encoded, collate_images, None, pass_epoch=augment, num_workers=data.num_workers)
+    encoded = ImageRows(table, image, augment, augment_seed or 0, task=data.task, num_outputs=len(data.classes))
+    return Rows(
+        encoded,
+        collate_images,
+        None,
+        pass_epoch=augment,
+        num_workers=data.num_workers,
+        task=data.task,
+        classes=data.classes,
+    )
 
 
 def _text_rows(
@@ -64,7 +82,12 @@ def _text_rows(
     keep: Callable[[Callable[[], TextRows]], TextRows] | None,
 ) -> Rows:
     max_length = data.max_length or tokenizer.model_max_length
-    encode = partial(encode_text, table, tokenizer, max_length)
+    is_tagged = data.task == "token-classification"
+    encode = (
+        partial(encode_words, table, tokenizer, max_length)
+        if is_tagged
+        else partial(encode_text, table, tokenizer, max_length, data.task, len(data.classes))
+    )
     encoded = keep(encode) if keep else encode()
     pad_token_id = tokenizer.pad_token_id
     collate = partial(
@@ -74,4 +97,12 @@ def _text_rows(
         max_length=max_length,
         padding_side="left" if tokenizer.padding_side == "left" else "right",
     )
-    return Rows(encoded, collate, encoded.lengths, num_workers=data.num_workers)
+    return Rows(
+        encoded,
+        collate,
+        encoded.lengths,
+        num_workers=data.num_workers,
+        task=data.task,
+        classes=data.classes,
+        num_targets=count_labelled(encoded) if is_tagged else None,
+    )

@@ -19,8 +19,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from dist_finetune.data.arrow import column_values
 from dist_finetune.data.image_input import ImageInput
+from dist_finetune.data.targets import label_array, stacked_labels
+from dist_finetune.tasks.names import TaskName
 
 # Areas and aspect ratios of a random crop. More than half of the image on average: fine-tuning sets are small, and
 # crops of a few percent, right for hundreds of ImageNet epochs, often miss the object.
@@ -68,17 +69,25 @@ def normalised(pixels: Tensor, image_input: ImageInput) -> Tensor:
 
 
 class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows `{"image": float32 (C, H, W), "label": int}` of a table with columns "image" and "label".
+    """Rows `{"image": float32 (C, H, W), "label"}` of a table with columns "image" and "label", the latter as
+    `label_array` gives it.
 
     Indexed by a row number, or by (epoch, row number) where augmentation should differ from epoch to epoch. Without
     augmentation the resized pixels stay in memory after their first use when all rows fit into `cache_bytes`.
     """
 
     def __init__(
-        self, table: Dataset, image_input: ImageInput, augment: bool, seed: int, cache_bytes: int = CACHE_BYTES
+        self,
+        table: Dataset,
+        image_input: ImageInput,
+        augment: bool,
+        seed: int,
+        cache_bytes: int = CACHE_BYTES,
+        task: TaskName = "classification",
+        num_outputs: int = 1,
     ) -> None:
         self.table = table.cast_column("image", ImageFeature(decode=False)).with_format(None)
-        self.labels: list[int] = column_values(table, "label")
+        self.labels = label_array(table, task, num_outputs)
         self.image_input = image_input
         self.augment = augment
         self.seed = seed
@@ -107,13 +116,13 @@ class ImageRows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def collate_images(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """`{"inputs": float32 (B, C, H, W), "labels": int64 (B,)}` of rows that `ImageRows` gave.
+    """`{"inputs": float32 (B, C, H, W), "labels": see `stacked_labels`}` of rows that `ImageRows` gave.
 
     Channels lie last in memory, and convolutions keep it so: twice as fast for a depthwise CNN on a CPU, and the layout
     that tensor cores work in. Weights stay as they are, since ZeRO lays them end to end.
     """
     images = torch.stack([row["image"] for row in rows]).contiguous(memory_format=torch.channels_last)
-    return {"inputs": images, "labels": torch.tensor([row["label"] for row in rows], dtype=torch.int64)}
+    return {"inputs": images, "labels": stacked_labels(rows)}
 
 
 def _random_crop(height: int, width: int, draw: random.Random) -> tuple[int, int, int, int]:

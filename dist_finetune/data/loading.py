@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dist_finetune.data import batches
 from dist_finetune.data.batches import MicroBatch, StepBatch
+from dist_finetune.tasks.names import TaskName
 from dist_finetune.world import World
 
 Batch = dict[str, Any]
@@ -17,13 +18,17 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rows:
-    """One split: a map-style dataset, its collate function, and tokens per row (None for images)."""
+    """One split: a map-style dataset, its collate function, tokens per row (None for images), what its labels are."""
 
     dataset: Dataset[Any]
     collate: Callable[[list[Any]], Batch]
     lengths: NDArray[np.int32] | None
     pass_epoch: bool = False
     num_workers: int = 0
+    task: TaskName = "classification"
+    classes: tuple[str, ...] = ()
+    num_targets: NDArray[np.int64] | None = None
+    """Targets of each row that a loss counts; None: one each."""
 
     @property
     def num_rows(self) -> int:

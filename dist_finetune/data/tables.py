@@ -3,38 +3,51 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 
 from dist_finetune.data.arrow import arrow_column, in_memory, select
-from dist_finetune.data.checks import Labels, check_images, class_names, label_problems, read_labels, read_texts
-from dist_finetune.data.columns import Columns, find_columns, is_string
+from dist_finetune.data.checks import check_images, read_texts, read_words
+from dist_finetune.data.columns import Columns, find_columns
 from dist_finetune.data.files import DELIMITERS
+from dist_finetune.data.label_kind import is_list, is_string
+from dist_finetune.data.labels import (
+    Labels,
+    class_names,
+    label_bytes,
+    label_cells,
+    label_notes,
+    label_problems,
+    read_labels,
+    strata,
+    with_stand_ins,
+)
 from dist_finetune.data.sources import Source, key_of, paths_as_images, read_source
 from dist_finetune.data.split import hold_out, sample, text_key
 from dist_finetune.errors import UserError, did_you_mean
 from dist_finetune.spec import DataSpec
+from dist_finetune.tasks.names import TaskName
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Checked rows: columns "text" (and "text_pair") or "image", and "label", an index into `classes`.
+    """Checked rows: columns "text" (and "text_pair"), "words" or "image", and "label", an index into `classes`, a list
+    of indices, or a number.
 
-    `fingerprint` is a sha256 over texts, or image files' bytes, and class names of all splits in order: equal for equal
-    content whatever the path, file kind or machine. `notes` are findings that stop nothing but that a user should see.
+    `fingerprint` is a sha256 over texts, or image files' bytes, and labels by name of all splits in order: equal for
+    equal content whatever the path, file kind or machine. `notes` are findings that stop nothing but that a user should
+    see.
     """
 
     train: Dataset
     validation: Dataset
     test: Dataset | None
     classes: tuple[str, ...]
-    modality: Literal["text", "image"]
-    text_columns: tuple[str, ...]
-    image_column: str | None
-    label_column: str
+    """What each output of a model stands for: a class, a label, a tag, or the label column of a regression."""
+    columns: Columns
     fingerprint: str
     notes: tuple[str, ...] = ()
 
@@ -44,37 +57,49 @@ class Tables:
         found = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: table for name, table in found.items() if table is not None}
 
+    @property
+    def modality(self) -> Literal["text", "image"]:
+        return self.columns.modality
+
+    @property
+    def task(self) -> TaskName:
+        return self.columns.task
+
 
 @dataclass(frozen=True)
 class _Rows:
-    """A split under way: its table, and per row a key (equal for like content) and a digest (of the exact content)."""
+    """A split under way: its table, and per row a key (equal for like content), a digest (of the exact content), its
+    stratum and its label as bytes."""
 
     table: Dataset
     keys: Sequence[bytes]
     digests: Sequence[bytes]
-    labels: Sequence[int]
+    strata: Sequence[int] = ()
+    labels: Sequence[bytes] = ()
 
     def select(self, rows: Sequence[int]) -> "_Rows":
         return _Rows(
             table=select(self.table, rows),
             keys=[self.keys[row] for row in rows],
             digests=[self.digests[row] for row in rows],
+            strata=[self.strata[row] for row in rows],
             labels=[self.labels[row] for row in rows],
         )
 
 
-def read_tables(spec: DataSpec, seed: int, decode_images: bool = True) -> Tables:
-    """The splits that `spec` names: read, columns found, checked, held out and sampled by `seed`.
+def read_tables(spec: DataSpec, seed: int, decode_images: bool = True, task: TaskName | None = None) -> Tables:
+    """The splits that `spec` names: read, columns and (where not given) task found, checked, held out and sampled by
+    `seed`.
 
     `decode_images=False` leaves out the proof that every image file decodes (one rank is enough to give it); all
     else is the same on every rank. Raises UserError that lists all problems of the rows of all splits.
     """
     sources = _read_sources(spec)
-    columns = find_columns(sources["train"].table, spec, sources["train"].names)
+    columns = find_columns(sources["train"].table, spec, sources["train"].names, task)
     _refuse_without_effect(spec, columns)
     _require_columns(sources, columns)
-    labels = {role: read_labels(source, columns.label) for role, source in sources.items()}
-    classes = class_names(labels["train"], sources["train"], columns.label)
+    labels = {role: read_labels(source, columns) for role, source in sources.items()}
+    classes = class_names(labels["train"], sources["train"], columns)
     splits: dict[str, _Rows] = {}
     problems: list[str] = []
     for role, source in sources.items():
@@ -84,27 +109,24 @@ def read_tables(spec: DataSpec, seed: int, decode_images: bool = True) -> Tables
     if problems:
         raise UserError("\n".join(problems))
     if isinstance(spec.validation, float):
-        kept, held = hold_out(splits["train"].keys, splits["train"].labels, spec.validation, seed)
+        kept, held = hold_out(splits["train"].keys, splits["train"].strata, spec.validation, seed)
         splits["train"], splits["validation"] = splits["train"].select(kept), splits["train"].select(held)
     if spec.max_rows is not None:
         train = splits["train"]
-        splits["train"] = train.select(sample(train.keys, train.labels, spec.max_rows, seed))
+        splits["train"] = train.select(sample(train.keys, train.strata, spec.max_rows, seed))
     return Tables(
         train=splits["train"].table,
         validation=splits["validation"].table,
         test=splits["test"].table if "test" in splits else None,
         classes=classes,
-        modality=columns.modality,
-        text_columns=columns.text,
-        image_column=columns.image,
-        label_column=columns.label,
-        fingerprint=_fingerprint(splits, classes),
-        notes=_overlaps(splits),
+        columns=columns,
+        fingerprint=_fingerprint(splits, columns.task),
+        notes=(*label_notes(classes, columns, task), *_overlaps(splits)),
     )
 
 
 def read_table(
-    items: Sequence[str], role: str, header: Sequence[str] | None, columns: Columns, classes: Sequence[str]
+    items: Sequence[str], role: str, header: Sequence[str] | None, columns: Columns, classes: tuple[str, ...]
 ) -> Dataset:
     """One more split in the shape of those of `Tables`, with the columns and classes of a run that has been.
 
@@ -113,20 +135,19 @@ def read_table(
     """
     source = read_source(items, role, header)
     _require_columns({role: source}, columns)
-    rows, problems = _check_rows(source, read_labels(source, columns.label), columns, classes, decode_images=True)
+    rows, problems = _check_rows(source, read_labels(source, columns), columns, classes, decode_images=True)
     if problems:
         raise UserError("\n".join(f"{key_of(role)}: {line}" for line in problems))
     return rows.table
 
 
 def unlabelled_table(source: Source, role: str, columns: Columns) -> Dataset:
-    """The inputs of `source` in the shape of `Tables`, whether it has labels or not: "label" is 0 in each row."""
+    """The inputs of `source` in the shape of `Tables`, whether it has labels or not: see `with_stand_ins`."""
     _require_columns({role: source}, columns, labelled=False)
-    stand_in = Labels(["any"] * len(source.table), None)
-    rows, problems = _check_rows(source, stand_in, columns, ("any",), decode_images=True)
+    rows, problems = _read_inputs(source, columns, decode_images=True)
     if problems:
         raise UserError("\n".join(f"{key_of(role)}: {line}" for line in problems))
-    return rows.table
+    return _labelled(rows.table, with_stand_ins(columns, source.table))
 
 
 def _read_sources(spec: DataSpec) -> dict[str, Source]:
@@ -153,7 +174,8 @@ def _refuse_without_effect(spec: DataSpec, columns: Columns) -> None:
 
 
 def _require_columns(sources: dict[str, Source], columns: Columns, labelled: bool = True) -> None:
-    names = (*columns.inputs, columns.label) if labelled else columns.inputs
+    names = (*columns.inputs, *columns.label) if labelled else columns.inputs
+    are_words = columns.task == "token-classification"
     problems = []
     for role, source in sources.items():
         there = source.table.column_names
@@ -164,40 +186,67 @@ def _require_columns(sources: dict[str, Source], columns: Columns, labelled: boo
                     f"{key_of(role)}: {source.names} lacks the column {name!r} of the training rows. {near} "
                     f"Columns: {', '.join(there)}."
                 )
-            elif name in columns.text and not is_string(source.table, name):
+            elif name in columns.text and not (
+                is_list(source.table, name, of_text=True) if are_words else is_string(source.table, name)
+            ):
+                what = "a list of words in each row" if are_words else "text"
                 problems.append(
-                    f"{key_of(role)}: {source.names}: column {name!r} holds {source.table.features[name]}, not text"
+                    f"{key_of(role)}: {source.names}: column {name!r} holds {source.table.features[name]}, not {what}"
                 )
     if problems:
         raise UserError("\n".join(problems))
 
 
 def _check_rows(
-    source: Source, labels: Labels, columns: Columns, classes: Sequence[str], decode_images: bool
+    source: Source, labels: Labels, columns: Columns, classes: tuple[str, ...], decode_images: bool
 ) -> tuple[_Rows, list[str]]:
-    """The split in its common shape, and what is wrong with its rows; with problems, rows may hold stand-ins."""
-    problems = label_problems(labels, source, columns.label, classes)
-    number = {name: i for i, name in enumerate(classes)}
-    indices = [number.get(name, -1) if name is not None else -1 for name in labels.names]
-    label = pa.array(indices, pa.int64())
+    """The split in its common shape, and what is wrong with its rows; with problems, rows are not complete."""
+    problems = label_problems(labels, source, columns, classes)
+    rows, found = _read_inputs(source, columns, decode_images)
+    if problems or found:
+        return rows, problems + found
+    return (
+        replace(
+            rows,
+            table=_labelled(rows.table, label_cells(labels, columns.task, classes)),
+            strata=strata(labels, columns.task, classes),
+            labels=label_bytes(labels, columns.task),
+        ),
+        [],
+    )
+
+
+def _read_inputs(source: Source, columns: Columns, decode_images: bool) -> tuple[_Rows, list[str]]:
+    """The inputs of a split without labels, and what is wrong with them."""
     if columns.image is not None:
         if not isinstance(source.table.features[columns.image], ImageFeature):
             source = replace(source, table=paths_as_images(source, columns.image))
-        digests, found = check_images(source, columns.image, decode_images)
+        digests, problems = check_images(source, columns.image, decode_images)
         cells = arrow_column(source.table, columns.image)
-        features = Features({"image": ImageFeature(), "label": Value("int64")})
-        table = in_memory(pa.table({"image": cells, "label": label}), features)
-        return _Rows(table, digests, digests, indices), problems + found
-    texts, found = read_texts(source, columns.text)
-    if problems or found:
-        return _Rows(source.table, [], [], []), problems + found
-    names = ("text", "text_pair")[: len(texts)]
-    table = in_memory(
-        pa.table({**{n: pa.array(t, pa.string()) for n, t in zip(names, texts, strict=True)}, "label": label})
-    )
-    rows = list(zip(*texts, strict=True))
+        table = in_memory(pa.table({"image": cells}), Features({"image": ImageFeature()}))
+        return _Rows(table, digests, digests), problems
+    names: tuple[str, ...]
+    inputs: list[list[Any]]
+    rows: list[Sequence[str]]
+    if columns.task == "token-classification":
+        words, problems = read_words(source, columns.text[0])
+        names, inputs, rows, kind = ("words",), [words], list(words), pa.list_(pa.string())
+    else:
+        texts, problems = read_texts(source, columns.text)
+        names, inputs, kind = ("text", "text_pair")[: len(texts)], [*texts], pa.string()
+        rows = list(zip(*texts, strict=True))
+    if problems:
+        return _Rows(source.table, [], []), problems
+    table = in_memory(pa.table({n: pa.array(column, kind) for n, column in zip(names, inputs, strict=True)}))
     exact = [hashlib.blake2b("\0".join(row).encode("utf-8", "surrogatepass"), digest_size=16).digest() for row in rows]
-    return _Rows(table, [text_key(row) for row in rows], exact, indices), []
+    return _Rows(table, [text_key(row) for row in rows], exact), []
+
+
+def _labelled(table: Dataset, cells: pa.Array) -> Dataset:
+    """The table with its column "label"."""
+    kind = {pa.int64(): Value("int64"), pa.float64(): Value("float64")}.get(cells.type, List(Value("int64")))
+    columns = {name: arrow_column(table, name) for name in table.column_names}
+    return in_memory(pa.table({**columns, "label": cells}), Features({**table.features, "label": kind}))
 
 
 def _overlaps(splits: dict[str, _Rows]) -> tuple[str, ...]:
@@ -211,13 +260,10 @@ def _overlaps(splits: dict[str, _Rows]) -> tuple[str, ...]:
     )
 
 
-def _fingerprint(splits: dict[str, _Rows], classes: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    names = [len(name.encode()).to_bytes(4, "little") + name.encode() for name in classes]
+def _fingerprint(splits: dict[str, _Rows], task: TaskName) -> str:
+    digest = hashlib.sha256(b"" if task == "classification" else f"{task}\n".encode())
     for role in sorted(splits):
         rows = splits[role]
         digest.update(f"{role} {len(rows.digests)}\n".encode())
-        digest.update(
-            b"".join(content + names[label] for content, label in zip(rows.digests, rows.labels, strict=True))
-        )
+        digest.update(b"".join(content + label for content, label in zip(rows.digests, rows.labels, strict=True)))
     return digest.hexdigest()

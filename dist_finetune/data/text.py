@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from dist_finetune.data.arrow import column_values
+from dist_finetune.data.targets import label_array, stacked_labels
+from dist_finetune.tasks.names import TaskName
+from dist_finetune.tasks.task import IGNORED_LABEL
 
 ENCODE_ROWS = 4096  # rows a tokenizer call takes: enough to keep its threads busy, few enough to bound its Python lists
 
@@ -21,17 +23,20 @@ ENCODE_ROWS = 4096  # rows a tokenizer call takes: enough to keep its threads bu
 class TextRows(torch.utils.data.Dataset[dict[str, Any]]):
     """Encoded rows; row i is `input_ids[offsets[i]:offsets[i + 1]]`, cut to the maximum length in `num_truncated` rows.
 
-    Indexing gives `{"input_ids": int32 (T,), ["token_type_ids": uint8 (T,),] "label": int}`.
+    Indexing gives `{"input_ids": int32 (T,), ["token_type_ids": uint8 (T,),] "label"}`, or in the place of the last
+    `"token_labels": int64 (T,)`.
     """
 
     input_ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
     token_type_ids: NDArray[np.uint8] | None
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
+    """One a row, see `label_array`; or one a token, laid out as `input_ids`."""
     num_truncated: int
+    labels_are_of_tokens: bool = False
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.offsets) - 1
 
     @property
     def lengths(self) -> NDArray[np.int32]:
@@ -39,17 +44,27 @@ class TextRows(torch.utils.data.Dataset[dict[str, Any]]):
         return np.diff(self.offsets).astype(np.int32)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # Out of range must raise IndexError here, as the slice below would give an empty row.
-        row: dict[str, Any] = {"label": int(self.labels[index])}
-        index = int(index) % len(self.labels)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")  # the slices below would give an empty row
+        index = int(index) % len(self)
         span = slice(self.offsets[index], self.offsets[index + 1])
-        row["input_ids"] = self.input_ids[span]
+        row: dict[str, Any] = {"input_ids": self.input_ids[span]}
+        if self.labels_are_of_tokens:
+            row["token_labels"] = self.labels[span]
+        else:
+            row["label"] = self.labels[index]
         if self.token_type_ids is not None:
             row["token_type_ids"] = self.token_type_ids[span]
         return row
 
 
-def encode_text(table: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TextRows:
+def encode_text(
+    table: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    task: TaskName = "classification",
+    num_outputs: int = 1,
+) -> TextRows:
     """The rows of a table with columns "text", perhaps "text_pair", and "label", as tokens cut to `max_length`.
 
     Token types are kept for pairs, and for single texts where they aren't all zero, which models assume by themselves.
@@ -83,7 +98,7 @@ def encode_text(table: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: 
         input_ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         token_type_ids=np.concatenate(types) if types else None,
-        labels=np.asarray(column_values(table, "label"), dtype=np.int64),
+        labels=label_array(table, task, num_outputs),
         num_truncated=num_truncated,
     )
 
@@ -116,7 +131,8 @@ def collate_text(
     max_length: int | None = None,
     padding_side: Literal["right", "left"] = "right",
 ) -> dict[str, Any]:
-    """`{"inputs": {"input_ids", "attention_mask", ["token_type_ids"]}, "labels"}`: int64 (B, T) each, labels (B,).
+    """`{"inputs": {"input_ids", "attention_mask", ["token_type_ids"]}, "labels"}`: int64 (B, T) each, labels of rows
+    as `stacked_labels` gives them, of tokens int64 (B, T).
 
     T is the longest row rounded up to `multiple_of`, but never above `max_length`. `padding_side` is the tokenizer's:
     models that read the last token, such as XLNet, need "left".
@@ -129,6 +145,7 @@ def collate_text(
     columns["attention_mask"] = np.zeros((len(rows), width), np.int64)
     if "token_type_ids" in rows[0]:
         columns["token_type_ids"] = np.zeros((len(rows), width), np.int64)
+    of_tokens = np.full((len(rows), width), IGNORED_LABEL, np.int64) if "token_labels" in rows[0] else None
     for i, row in enumerate(rows):
         length = len(row["input_ids"])
         span = slice(0, length) if padding_side == "right" else slice(width - length, width)
@@ -136,5 +153,7 @@ def collate_text(
         columns["attention_mask"][i, span] = 1
         if "token_type_ids" in columns:
             columns["token_type_ids"][i, span] = row["token_type_ids"]
+        if of_tokens is not None:
+            of_tokens[i, span] = row["token_labels"]
     inputs: dict[str, Tensor] = {name: torch.from_numpy(column) for name, column in columns.items()}
-    return {"inputs": inputs, "labels": torch.tensor([row["label"] for row in rows], dtype=torch.int64)}
+    return {"inputs": inputs, "labels": stacked_labels(rows) if of_tokens is None else torch.from_numpy(of_tokens)}

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_finetune.cache.tokens import encode_once
 from dist_finetune.data.loading import Rows
-from dist_finetune.data.tables import Tables
+from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.data.text import TextRows
 from dist_finetune.errors import UserError
 from dist_finetune.features.depths import Capture, Depth, find_depths
@@ -24,6 +24,7 @@ from dist_finetune.plan import Plan, local_topology, plan_run
 from dist_finetune.report import PLAIN_LINE_EVERY_S, Reporter
 from dist_finetune.spec import FreezeSpec, Spec, TrainSpec
 from dist_finetune.stage import load_base
+from dist_finetune.tasks.names import require_classification
 from dist_finetune.world import World, gather_objects, on_first, require_same, together
 
 CUDA_BATCH_SIZE = 128
@@ -75,6 +76,13 @@ def refuse_idle_settings(spec: Spec) -> None:
             f"task: features trains no layer of the model and takes each row as it is, so {', '.join(named)} would "
             "have no effect; remove it, or leave out task: features"
         )
+
+
+def class_tables(spec: Spec, what: str) -> Tables:
+    """The splits of a spec. Raises UserError where `what`, which compares classes, is asked of data without any."""
+    tables = read_tables(spec.data, spec.train.seed, task=spec.label_task)
+    require_classification(tables.task, what, tables.columns.label)
+    return tables
 
 
 def prepare_features(spec: Spec, tables: Tables, folder: Path, world: World, report: Reporter) -> FeatureJob:

@@ -2,7 +2,6 @@
 
 import time
 
-from dist_finetune.data.tables import read_tables
 from dist_finetune.features.depths import HEAD
 from dist_finetune.features.files import (
     FeatureSummary,
@@ -13,7 +12,14 @@ from dist_finetune.features.files import (
 )
 from dist_finetune.features.fold import Agreement, fold_head, fold_problem, verify_folded
 from dist_finetune.features.heads import MAX_EXACT_ROWS, HeadFit, fit_head, heads_for
-from dist_finetune.features.job import ExtractionCost, FeatureJob, extract_all, prepare_features, refuse_idle_settings
+from dist_finetune.features.job import (
+    ExtractionCost,
+    FeatureJob,
+    class_tables,
+    extract_all,
+    prepare_features,
+    refuse_idle_settings,
+)
 from dist_finetune.features.minibatch import fit_minibatch
 from dist_finetune.features.results import HeadResult, head_result, render_results
 from dist_finetune.html_report.at_end import write_page
@@ -53,7 +59,7 @@ def compare_heads(spec: Spec, fresh: bool = False, changes: Changes = "none") ->
 def _run(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: float) -> FeatureSummary:
     folder = folder_of(spec)
     report.say(f"reading {', '.join(spec.data.train)}")
-    tables = together(lambda: read_tables(spec.data, spec.train.seed))
+    tables = together(lambda: class_tables(spec, "task: features"))
     report.notes(tables.notes)
     job = prepare_features(spec, tables, folder, world, report)
     on_first(world, lambda: start_run_folder(spec, fresh, 0, True))

@@ -8,6 +8,7 @@ from typing import Any
 from dist_finetune.html_report.figures import short_count
 from dist_finetune.html_report.predictions import Confusion
 from dist_finetune.html_report.record import RunRecord
+from dist_finetune.tasks.names import outputs_in_words
 
 SHOWN_CLASSES = 24  # a wider table is no longer read
 SHOWN_WORST = 30
@@ -88,7 +89,11 @@ def run_facts(record: RunRecord) -> list[Fact]:
     size = f"up to {data.get('max_length')} tokens" if is_text else f"{data.get('image_size')} pixels"
     world_size = topology.get("num_nodes", 1) * topology.get("processes_per_node", 1)
     facts = [
-        Fact("model", str(card.get("name")), note=f"{card.get('modality')}, {len(data.get('classes', ()))} classes"),
+        Fact(
+            "model",
+            str(card.get("name")),
+            note=f"{card.get('modality')}, {outputs_in_words(record.task, data.get('classes', ()))}",
+        ),
         Fact("weights", str(source.get("sha256") or "unknown")[:16], source.get("sha256"), _files(source)),
         Fact("data", f"{rows} rows", note=f"{size}; fingerprint {str(data.get('fingerprint'))[:16]}"),
         Fact(

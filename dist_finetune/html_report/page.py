@@ -23,6 +23,7 @@ from dist_finetune.html_report.figures import (
 from dist_finetune.html_report.predictions import read_confusion
 from dist_finetune.html_report.record import RunRecord, read_record
 from dist_finetune.run_folder import flat, write_text
+from dist_finetune.tasks.names import LOSS_UNITS, LOWER_IS_BETTER, SHARES
 
 FILE = "report.html"
 SPLITS = ("validation", "test")
@@ -88,6 +89,7 @@ def _render_run(record: RunRecord) -> str:
             comparisons=facts.planned_and_actual(record),
             memory_note=facts.memory_note(record),
             confusions=[(found, facts.class_rows(found)) for found in confusions],
+            confused=("words", "tag") if record.task == "token-classification" else ("rows", "class"),
             shown_classes=facts.SHOWN_CLASSES,
             shown_worst=facts.SHOWN_WORST,
             attempts=facts.attempts(record),
@@ -162,11 +164,16 @@ def _run_plots(record: RunRecord) -> list[dict[str, Any]]:
     series = record.metrics.series
     starts = (phase["first_step"] for phase in record.plan.get("phases", ())[1:])
     marks = Marks(record.resumed_at, tuple(step for step in starts if step <= record.steps))
-    scores = [key for key in series if key.startswith("eval/") and key != "eval/loss"]
+    names = [key.removeprefix("eval/") for key in series if key.startswith("eval/")]
+    shares = [f"eval/{name}" for name in names if name in SHARES]
+    errors = [f"eval/{name}" for name in names if name in LOWER_IS_BETTER and name != "loss"]
+    others = [f"eval/{name}" for name in names if name not in (*SHARES, *LOWER_IS_BETTER)]
     plots = []
     for title, keys, unit, may_be_log, is_share in (
-        ("Loss", ["train/loss", "eval/loss"], "loss a sample, nats", True, False),
-        ("Validation scores", scores, "score, 0 to 1", False, True),
+        ("Loss", ["train/loss", "eval/loss"], LOSS_UNITS[record.task], True, False),
+        ("Validation scores", shares, "score, 0 to 1", False, True),
+        ("Validation agreement", others, "score, 1 at best", False, False),
+        ("Validation errors", errors, "error, 0 at best", True, False),
         ("Learning rate", ["train/lr"], "learning rate", False, False),
         ("Gradient norm", ["train/grad_norm"], NORM, True, False),
     ):
@@ -199,7 +206,7 @@ def _ends(key: str, steps: np.ndarray, values: np.ndarray) -> dict[str, Any]:
     """A curve's first and last values, and its best where it is a score or loss of validation rows."""
     ends = {"key": key, "first": float(values[0]), "last": float(values[-1]), "step": int(steps[-1]), "best": None}
     if key.startswith("eval/") and np.isfinite(values).all():
-        at = int(values.argmin() if key == "eval/loss" else values.argmax())
+        at = int(values.argmin() if key.removeprefix("eval/") in LOWER_IS_BETTER else values.argmax())
         ends["best"], ends["best_step"] = float(values[at]), int(steps[at])
     return ends
 
@@ -245,7 +252,8 @@ def _shared_plots(records: Sequence[RunRecord], names: Sequence[str]) -> list[di
     """A plot for each metric that two runs or more have, a colour for each run."""
     keys: Iterable[str] = dict.fromkeys(key for record in records for key in record.metrics.series)
     scores = sorted(key for key in keys if key.startswith("eval/") and key != "eval/loss")
-    wanted = [("train/loss", "loss a sample, nats"), ("eval/loss", "loss a sample, nats")]
+    unit = " or ".join(dict.fromkeys(LOSS_UNITS[record.task] for record in records))
+    wanted = [("train/loss", unit), ("eval/loss", unit)]
     wanted += [*((key, "score") for key in scores), ("train/lr", "learning rate"), ("train/grad_norm", NORM)]
     plots = []
     for key, unit in wanted:
@@ -256,11 +264,16 @@ def _shared_plots(records: Sequence[RunRecord], names: Sequence[str]) -> list[di
                 shown = running_mean(values, smoothing_window(len(values))) if key in ROUGH else values
                 lines.append(Line(names[number], steps, shown, number, marker="o" if key.startswith("eval/") else ""))
         if lines:
-            is_score = key.startswith("eval/") and key != "eval/loss"
+            name = key.removeprefix("eval/")
+            is_score = key in scores and name not in LOWER_IS_BETTER
             svg = curves(
-                key.replace("/", "-"), lines, unit, may_be_log=not is_score and key != "train/lr", is_share=is_score,
+                key.replace("/", "-"),
+                lines,
+                unit,
+                may_be_log=not is_score and key != "train/lr",
+                is_share=name in SHARES,
                 legend=False,
-            )  # fmt: skip
+            )
             mean = ", running mean" if key in ROUGH else ""
             plots.append({"title": f"{key}{mean}", "svg": Markup(svg)})
     return plots

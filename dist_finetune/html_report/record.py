@@ -7,9 +7,9 @@ from typing import Any
 
 from dist_finetune.errors import UserError
 from dist_finetune.html_report.metrics import Metrics, read_metrics
-from dist_finetune.run_folder import ATTEMPTS, METRICS
-
-HEADLINE_METRICS = ("accuracy", "f1", "mcc", "r2", "loss")  # the first that a run has leads its page
+from dist_finetune.run_folder import ATTEMPTS
+from dist_finetune.run_folder import METRICS as METRICS_FILE
+from dist_finetune.tasks.names import METRICS, TaskName
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,16 @@ class RunRecord:
         return self.plan.get("task") == "features"
 
     @property
+    def task(self) -> TaskName:
+        """What the run's labels are for; runs of an earlier version don't say."""
+        task: TaskName = self.plan.get("data", {}).get("task", "classification")
+        return task
+
+    @property
     def headline(self) -> tuple[str, float | None, float | None]:
         """The metric that tells most, before and after training: as the summary has it, else as logged."""
         names = [key.removeprefix("eval/") for key in self.metrics.series if key.startswith("eval/")]
-        name = next((name for name in (*HEADLINE_METRICS, *names) if name in names), "accuracy")
+        name = next((name for name in (*METRICS[self.task], *names) if name in names), METRICS[self.task][0])
         key = f"eval/{name}"
         steps, values = self.metrics.of(key)
         first = float(values[0]) if len(values) and steps[0] == 0 else None
@@ -99,7 +105,7 @@ def read_record(folder: Path) -> RunRecord:
         summary=_read_json(folder / "summary.json"),
         submissions=_read_lines(folder / "submissions.jsonl"),
         starts=_read_lines(folder / ATTEMPTS),
-        metrics=read_metrics(folder / METRICS),
+        metrics=read_metrics(folder / METRICS_FILE),
     )
 
 

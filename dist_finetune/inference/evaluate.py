@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,20 +13,12 @@ from dist_finetune.data.tables import read_table, read_tables
 from dist_finetune.errors import UserError
 from dist_finetune.evaluate import Evaluation, evaluate
 from dist_finetune.inference.saved_run import SavedRun, opened_run
+from dist_finetune.inference.scores import ClassScore, calibration_error, class_scores
 from dist_finetune.run_folder import EVALUATIONS, read_summary
+from dist_finetune.tasks.names import TaskName
 from dist_finetune.world import on_first, together
 
 Split = Literal["validation", "test"]
-
-
-@dataclass(frozen=True)
-class ClassScore:
-    """How a class fares: its rows, how many of those that are called so are so, how many of it are found."""
-
-    name: str
-    num_rows: int
-    precision: float
-    recall: float
 
 
 @dataclass(frozen=True)
@@ -38,6 +29,7 @@ class RunEvaluation:
     step: int | None
     """Optimizer step of the model; None where summary.json does not say, as of a head fitted on features."""
     data: str
+    task: TaskName
     num_rows: int
     precision: str
     device: str
@@ -45,13 +37,12 @@ class RunEvaluation:
     is_first: bool
     """True on the one rank that speaks to the user."""
     evaluation: Evaluation
-    calibration_error: float
-    """Mean distance between the confidence of an answer and how often it is right, in 15 bins (Guo et al. 2017)."""
+    calibration_error: float | None
     classes: tuple[ClassScore, ...]
 
     @property
     def metrics(self) -> dict[str, float]:
-        """loss, accuracy and macro F1."""
+        """Those of the task, see `tasks.names.METRICS`."""
         return self.evaluation.metrics
 
     def to_json(self) -> dict[str, Any]:
@@ -64,13 +55,15 @@ class RunEvaluation:
     def lines(self) -> str:
         """For people."""
         where = f"{self.device}, {self.precision}" + (f", {self.world_size} processes" if self.world_size > 1 else "")
-        named = {**self.metrics, "calibration error": self.calibration_error}
+        known = {} if self.calibration_error is None else {"calibration error": self.calibration_error}
+        named = {**self.metrics, **known}
         values = "\n".join(f"{name:<17} {value:.4f}" for name, value in named.items())
-        width = max(len("class"), *(len(score.name) for score in self.classes))
-        table = [f"{'class':<{width}} {'rows':>7} {'precision':>9} {'recall':>7}"]
+        kind = {"multilabel": "label", "token-classification": "entity"}.get(self.task, "class")
+        width = max(len(name) for name in (kind, *(score.name for score in self.classes)))
+        table = [f"{kind:<{width}} {'true' if kind == 'entity' else 'rows':>7} {'precision':>9} {'recall':>7}"]
         table += [f"{c.name:<{width}} {c.num_rows:>7,} {c.precision:>9.3f} {c.recall:>7.3f}" for c in self.classes]
         head = f"{self.folder / 'model'} on {self.data} ({self.num_rows:,} rows; {where})"
-        return "\n".join([head, values, *table])
+        return "\n".join([head, values, *(table if self.classes else ())])
 
 
 def evaluate_run(folder: Path, data: str | None = None, split: Split | None = None) -> RunEvaluation:
@@ -87,34 +80,22 @@ def evaluate_run(folder: Path, data: str | None = None, split: Split | None = No
         table = together(lambda: _table(run, data, name))
         rows = together(lambda: run.encode(table))
         evaluation = evaluate(run, rows, run.eval_batch_size, world)
-        calibration_error, classes = _scores(evaluation, run.data.classes)
         found = RunEvaluation(
             folder=folder,
             step=read_summary(folder).get("kept_step"),
             data=name,
+            task=rows.task,
             num_rows=rows.num_rows,
             precision=run.precision,
             device=world.device.type,
             world_size=world.world_size,
             is_first=world.is_first,
             evaluation=evaluation,
-            calibration_error=calibration_error,
-            classes=classes,
+            calibration_error=calibration_error(evaluation, rows.task),
+            classes=class_scores(evaluation, rows.task, rows.classes),
         )
         on_first(world, lambda: _record(found))
     return found
-
-
-def _scores(evaluation: Evaluation, names: Sequence[str]) -> tuple[float, tuple[ClassScore, ...]]:
-    """Calibration error, and scores of each class; a class that is never called has a precision of zero."""
-    from torchmetrics.functional import classification  # which takes seconds to import
-
-    logits, labels, number = evaluation.logits, evaluation.labels, len(names)
-    error = classification.multiclass_calibration_error(logits.softmax(1), labels, number, n_bins=15).item()
-    precision = classification.multiclass_precision(logits, labels, number, average=None).tolist()
-    recall = classification.multiclass_recall(logits, labels, number, average=None).tolist()
-    counts = labels.bincount(minlength=number).tolist()
-    return error, tuple(map(ClassScore, names, counts, precision, recall))
 
 
 def _table(run: SavedRun, data: str | None, name: str) -> Dataset:
@@ -127,7 +108,7 @@ def _table(run: SavedRun, data: str | None, name: str) -> Dataset:
         return read_table(spec.test, "test", spec.columns, columns, classes)
     if not isinstance(spec.validation, float):
         return read_table(spec.validation, "validation", spec.columns, columns, classes)
-    tables = read_tables(spec, run.spec.train.seed, decode_images=False)
+    tables = read_tables(spec, run.spec.train.seed, decode_images=False, task=run.data.task)
     if tables.fingerprint != run.data.fingerprint:
         raise UserError(
             f"the rows of data.train are not those that {run.folder} held data.validation={spec.validation:g} out of: "

@@ -9,9 +9,11 @@ from dist_finetune.errors import UserError
 from dist_finetune.inference.saved_run import find_model, open_run
 from dist_finetune.models import saved
 from dist_finetune.models.card import ModelCard, Source
+from dist_finetune.models.export import exported_for
 from dist_finetune.models.sources import describe_model
 from dist_finetune.spec import ModelSpec
 from dist_finetune.spec_file import load_spec
+from dist_finetune.tasks.names import TaskName
 
 Format = Literal["hf", "timm", "onnx"]
 FITS: dict[Format, tuple[Source, ...]] = {
@@ -50,7 +52,8 @@ def export_run(run: Path, to: Format, out: Path | None = None) -> Exported:
             shutil.copytree(model, out, dirs_exist_ok=True)
     except OSError as error:
         raise UserError(f"{out or run}: can't be written: {error.strerror or error}") from None
-    return Exported(out or model, _how_to_load(card, to, out or model))
+    task, _ = exported_for(card, model)
+    return Exported(out or model, _how_to_load(card, task, to, out or model))
 
 
 def _onnx(run: Path, out: Path | None) -> Exported:
@@ -67,10 +70,12 @@ def _onnx(run: Path, out: Path | None) -> Exported:
     return Exported(folder, f"onnxruntime.InferenceSession({str(folder / 'model.onnx')!r})", checked)
 
 
-def _how_to_load(card: ModelCard, to: Format, folder: Path) -> str:
+def _how_to_load(card: ModelCard, task: TaskName, to: Format, folder: Path) -> str:
     if to == "timm":
         return f"timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)"
     kind, with_it = ("SequenceClassification", "AutoTokenizer")
+    if task == "token-classification":
+        kind = "TokenClassification"
     if card.modality == "image":
         kind, with_it = ("ImageClassification", "AutoImageProcessor")
     needs = " (needs the package timm)" if card.source == "timm" else ""

@@ -46,11 +46,12 @@ def require_onnx() -> None:
 
 
 def export_onnx(run: SavedRun, folder: Path) -> tuple[str, ...]:
-    """Writes model.onnx, model.json (inputs, classes, image or length) and the tokenizer; returns what was checked.
+    """Writes model.onnx, model.json (inputs, task, classes, image or length) and the tokenizer; returns what was
+    checked.
 
     Inputs are those of the run's batches: input_ids, attention_mask and perhaps token_type_ids, int64 (B, T), or image,
-    float32 (B, C, H, W); the output is logits, float32 (B, num_classes). Raises UserError where torch can't export the
-    model, TrainingError where onnxruntime gives other logits than torch.
+    float32 (B, C, H, W); the output is logits, float32 (B, num_classes), of words (B, T, num_classes). Raises UserError
+    where torch can't export the model, TrainingError where onnxruntime gives other logits than torch.
     """
     example = _inputs(run, EXAMPLE_ROWS, 1)
     model = _Logits(run.module, tuple(example)).eval()
@@ -86,8 +87,12 @@ def _inputs(run: SavedRun, num_rows: int, repeats: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(repeats)
         return {"image": torch.randn(num_rows, len(run.image.mean), *run.image.size, generator=generator)}
     texts = [" ".join([WORDS] * (repeats + row)) for row in range(num_rows)]
-    columns = dict.fromkeys(("text", "text_pair")[: len(run.columns.text)], texts)
-    table = in_memory(pa.table({**columns, "label": [0] * num_rows}))
+    if run.data.task == "token-classification":
+        words = [text.split() for text in texts]
+        table = in_memory(pa.table({"words": words, "label": [[0] * len(row) for row in words]}))
+    else:
+        columns = dict.fromkeys(("text", "text_pair")[: len(run.columns.text)], texts)
+        table = in_memory(pa.table({**columns, "label": [0] * num_rows}))
     inputs: dict[str, Tensor] = run.encode(table).first_batch(num_rows)["inputs"]
     return inputs
 
@@ -96,6 +101,7 @@ def _describe(run: SavedRun, names: tuple[str, ...], path: Path) -> None:
     whole = {
         "inputs": list(names),
         "output": "logits",
+        "task": run.data.task,
         "classes": list(run.data.classes),
         "max_length": run.data.max_length,
         "image": asdict(run.image) if run.image else None,

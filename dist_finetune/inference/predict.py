@@ -3,7 +3,6 @@
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +13,7 @@ from dist_finetune.data.sources import Source, images_at, visible_files
 from dist_finetune.data.tables import unlabelled_table
 from dist_finetune.errors import UserError, did_you_mean
 from dist_finetune.evaluate import predict_share
+from dist_finetune.inference.decode import AnyPrediction, decode
 from dist_finetune.inference.saved_run import SavedRun, opened_run
 
 PIECE_ROWS = {"text": 4096, "image": 256}  # that are in memory at a time
@@ -24,18 +24,9 @@ Piece = tuple[Source, Sequence[Any]]
 """Rows of the input and what each is called: its number from 1, an image's path, or a column's value."""
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The class that a row of the input has, and the probability of each class by name; they sum to 1."""
-
-    id: Any
-    label: str
-    probabilities: dict[str, float]
-
-
 def predict_file(
     folder: Path, path: Path, header: Sequence[str] | None = None, id_column: str | None = None
-) -> Iterator[Prediction]:
+) -> Iterator[AnyPrediction]:
     """Predictions of a run's model for the rows of a file, the images of a folder (at any depth), or one image.
 
     `header` names the columns of a .csv or .tsv file without a header line (left out: data.columns of the run);
@@ -46,24 +37,24 @@ def predict_file(
         if world.world_size > 1:
             raise UserError(f"predict is one process, and {world.launcher} started {world.world_size}; start it alone")
         for source, ids in _pieces(run, path, header, id_column):
-            rows = run.encode(unlabelled_table(source, ROLE, run.columns))
-            share = predict_share(run, rows, run.eval_batch_size, world)
+            table = unlabelled_table(source, ROLE, run.columns)
+            share = predict_share(run, run.encode(table), run.eval_batch_size, world)
             assert share is not None, "one process has every row"
-            numbers, logits, _ = share
-            for row_id, row in zip(ids, logits[numbers.argsort()].double().softmax(1).tolist(), strict=True):
-                probabilities = dict(zip(run.data.classes, row, strict=True))
-                yield Prediction(row_id, max(probabilities, key=probabilities.__getitem__), probabilities)
+            yield from decode(run.data.task, share, table, ids, run.data.classes)
 
 
-def write_predictions(predictions: Iterable[Prediction], file: IO[str], suffix: str) -> int:
+def write_predictions(predictions: Iterable[AnyPrediction], file: IO[str], suffix: str) -> int:
     """Writes a line for each prediction, as .jsonl or .csv (with a header line); returns how many."""
     writer = csv.writer(file, lineterminator="\n")
     num_rows = 0
     for found in predictions:
         if suffix == ".csv":
+            cells = found.cells()
+            if cells is None:
+                raise UserError("a row has as many tags as words, which a .csv file can't hold; write .jsonl")
             if num_rows == 0:
-                writer.writerow(["id", "label", *(f"p_{name}" for name in found.probabilities)])
-            writer.writerow([found.id, found.label, *found.probabilities.values()])
+                writer.writerow(cells)
+            writer.writerow(cells.values())
         else:
             # An id column may hold dates.
             file.write(json.dumps(vars(found), ensure_ascii=False, default=str) + "\n")
@@ -71,7 +62,7 @@ def write_predictions(predictions: Iterable[Prediction], file: IO[str], suffix: 
     return num_rows
 
 
-def save_predictions(predictions: Iterable[Prediction], target: Path) -> int:
+def save_predictions(predictions: Iterable[AnyPrediction], target: Path) -> int:
     """`write_predictions` into a file that is whole or not there; returns how many."""
     if target.suffix not in OUTPUTS:
         raise UserError(f"--to {target}: predictions are written as {' or '.join(OUTPUTS)}")

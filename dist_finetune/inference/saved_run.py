@@ -50,7 +50,7 @@ class SavedRun:
         """The columns that the run's rows had."""
         data = self.data
         text, image = (data.columns, None) if data.modality == "text" else ((), data.columns[0])
-        return Columns(data.modality, text, image, data.label)
+        return Columns(data.modality, text, image, data.label, data.task)
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +70,7 @@ class SavedRun:
         return encode_table(table, self.data, self.image, device, self.tokenizer)
 
     def predict(self, inputs: Inputs) -> torch.Tensor:
-        """Logits (B, num_classes) in fp32 of inputs on the model's device."""
+        """Logits (B, C), of words (B, T, C), in fp32 of inputs on the model's device."""
         with torch.inference_mode(), autocast_in(self.precision, self.device.type)():
             return forward_logits(self.module, inputs).float()
 
@@ -85,10 +85,10 @@ def open_run(folder: Path) -> SavedRun:
     plan = _read_plan(folder)
     module, card, classes = load_exported(model_folder, spec.model.trust_remote_code)
     data = _data_plan(plan["data"])
-    if classes != data.classes:
+    if (card.task, classes) != (data.task, data.classes):
         raise UserError(
-            f"{model_folder}: its classes are not those of plan.json ({', '.join(data.classes[:5])}, ...): it is of "
-            "another run"
+            f"{model_folder}: its task and classes ({card.task}: {', '.join(classes[:5])}) are not those of plan.json "
+            f"({data.task}: {', '.join(data.classes[:5])}): it is of another run"
         )
     return SavedRun(
         folder=folder,
@@ -145,4 +145,6 @@ def _read_plan(folder: Path) -> dict[str, Any]:
 def _data_plan(saved: dict[str, Any]) -> DataPlan:
     """What `Plan.to_json` wrote, with tuples again where JSON has lists."""
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+    if isinstance(values["label"], str):
+        values["label"] = (values["label"],)  # as runs wrote it that knew classifications only
     return DataPlan(**values)

@@ -25,6 +25,8 @@ from dist_finetune.models.card import ModelCard
 from dist_finetune.models.sources import forward_logits
 from dist_finetune.models.structure import Part
 from dist_finetune.recompute import called_modules, recomputed
+from dist_finetune.tasks.names import TaskName
+from dist_finetune.tasks.task import task_of
 
 aten = torch.ops.aten
 FLOPS: dict[Any, Callable[..., int]] = {
@@ -134,6 +136,7 @@ def fake_pass(
     device: Literal["cpu", "cuda"] = "cpu",
     recompute: Sequence[Part] = (),
     in_bf16: Collection[str] = (),
+    task: TaskName = "classification",
 ) -> Pass | str:
     """The pass of a model on the meta device, frozen as `manifest` says, or why it can't be run without data.
 
@@ -153,7 +156,7 @@ def fake_pass(
             train_mode(model, manifest)
             fused = FusedOnGpu() if device == "cuda" else contextlib.nullcontext()
             with fused:
-                return measured_pass(model, parts, inputs, micro_batch_size, autocast)
+                return measured_pass(model, parts, inputs, micro_batch_size, autocast, task)
     except Exception as error:  # a user's model may do anything, and the rest of the plan stands without this
         return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
     finally:
@@ -161,7 +164,12 @@ def fake_pass(
 
 
 def measured_pass(
-    model: nn.Module, parts: tuple[Part, ...], inputs: Callable[[int], Any], micro_batch_size: int, autocast: bool
+    model: nn.Module,
+    parts: tuple[Part, ...],
+    inputs: Callable[[int], Any],
+    micro_batch_size: int,
+    autocast: bool,
+    task: TaskName = "classification",
 ) -> Pass:
     """A forward and backward pass of `model` as it is, on real or fake CPU tensors; its gradients are not kept."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -180,14 +188,14 @@ def measured_pass(
             stack.callback(parameter.register_post_accumulate_grad_hook(_drop_gradient).remove)
         stack.enter_context(alive)
         batch = inputs(micro_batch_size)
-        labels = torch.zeros(micro_batch_size, dtype=torch.int64)
         with (
             _attributed(model, parts, alive),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         ):
             logits = forward_logits(model, batch)
-        loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        logits = logits.float()
+        loss = task_of(task).loss(logits, task_of(task).blank(logits))
         saved_bytes = sum(storage.nbytes() for storage in saved.values())
         saved.clear()
         forward_flops = dict(alive.flops_by_part)

@@ -19,6 +19,7 @@ from dist_finetune.models.structure import Part, Structure
 from dist_finetune.phases import PhasePlan
 from dist_finetune.recompute import recomputed_blocks
 from dist_finetune.spec import Strategy
+from dist_finetune.tasks.names import TaskName
 
 HOST_COPIES = 2  # in passing: the tensors of a file beside the model's, or the model beside what its node shares
 FIT_ROWS = (2, 4)  # bytes grow evenly with the rows; a single row may take other kernels
@@ -51,12 +52,13 @@ class Costs:
 
 @dataclass(frozen=True)
 class PassRequest:
-    """How to run a model on fake tensors: `inputs` makes those of so many rows, `compare` also tries the other setting
-    of gradient checkpointing, for people to see."""
+    """How to run a model on fake tensors: `inputs` makes those of so many rows, the loss is that of `task`, `compare`
+    also tries the other setting of gradient checkpointing, for people to see."""
 
     inputs: Callable[[int], Any]
     gradient_checkpointing: bool
     compare: bool
+    task: TaskName = "classification"
 
 
 def plan_costs(
@@ -81,7 +83,7 @@ def plan_costs(
     passes: tuple[Pass, ...] | str = ()
     other: tuple[Pass, ...] | str = ()
     if request:
-        run = partial(_passes, model, structure, phase, request.inputs, autocast, limits.device, rounded)
+        run = partial(_passes, model, structure, phase, request, autocast, limits.device, rounded)
         sizes = _sizes(limits, micro_batch_size)
         passes = run(request.gradient_checkpointing, sizes)
         if request.compare and not isinstance(passes, str):
@@ -136,7 +138,7 @@ def _passes(
     model: nn.Module,
     structure: Structure,
     phase: PhasePlan,
-    inputs: Callable[[int], Any],
+    request: PassRequest,
     autocast: bool,
     device: Literal["cpu", "cuda"],
     rounded: Collection[str],
@@ -148,7 +150,16 @@ def _passes(
     found = []
     for rows in sizes:
         result = fake_pass(
-            model, phase.manifest, structure.parts, inputs, rows, autocast, device, recompute=blocks, in_bf16=rounded
+            model,
+            phase.manifest,
+            structure.parts,
+            request.inputs,
+            rows,
+            autocast,
+            device,
+            recompute=blocks,
+            in_bf16=rounded,
+            task=request.task,
         )
         if isinstance(result, str):
             return result

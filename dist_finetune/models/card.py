@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dist_finetune.data.image_input import ImageInput
+from dist_finetune.tasks.names import TaskName
 
 Source = Literal["transformers", "timm", "torchvision", "custom"]
 
@@ -29,6 +30,8 @@ class ModelCard:
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
+    task: TaskName = "classification"
+    """What its head is for, see `sources.for_task`."""
 
 
 @dataclass(frozen=True)
@@ -44,4 +47,4 @@ class Provenance:
     initialized: tuple[str, ...]
     """Tensors that the source did not hold: they start from the seed."""
     head_kept: bool
-    """True where the source was already a classifier of the same classes."""
+    """True where the source was already a model of the same task and classes."""

@@ -18,7 +18,7 @@ from dist_finetune.data.image_input import ImageInput
 from dist_finetune.errors import UserError, did_you_mean
 from dist_finetune.models.card import CNN_LR, TRANSFORMER_LR, ModelCard, Provenance
 from dist_finetune.models.dropout import set_dropout
-from dist_finetune.models.saved import WEIGHTS, built_by, read_saved, saved_folder, saved_image
+from dist_finetune.models.saved import WEIGHTS, built_by, saved_folder, saved_for, saved_image
 from dist_finetune.models.weights import (
     files_sha256,
     head_tensors,
@@ -69,7 +69,7 @@ def load_custom(card: ModelCard, spec: ModelSpec, classes: tuple[str, ...], seed
     if file is None:
         state = model.state_dict()
         return model, Provenance(card.name, None, tensors_sha256(state), (), tuple(state), False)
-    head_kept = folder is not None and tuple(read_saved(folder)["classes"]) == classes
+    head_kept = folder is not None and saved_for(folder) == (card.task, classes)
     head = head_tensors(lambda n: _create(card, spec, n), len(classes))
     missing = load_body(model, read_weights(file), head, head_kept, f"model.name {card.name}: {file}")
     return model, Provenance(card.name, None, files_sha256([file]), (file.name,), missing, head_kept)

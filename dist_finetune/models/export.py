@@ -10,10 +10,11 @@ from dist_finetune.errors import UserError
 from dist_finetune.models import saved
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.load import load_model
-from dist_finetune.models.sources import describe_model, of_source
-from dist_finetune.models.transformers_config import labels, read_config
+from dist_finetune.models.sources import describe_model, for_task, of_source
+from dist_finetune.models.transformers_config import labels, read_config, task_in
 from dist_finetune.models.weights import write_weights
 from dist_finetune.spec import ModelSpec
+from dist_finetune.tasks.names import TaskName
 
 
 def export_model(
@@ -46,8 +47,20 @@ def export_model(
             tokenizer.save_pretrained(folder)
 
 
+def exported_for(card: ModelCard, folder: Path) -> tuple[TaskName, tuple[str, ...]]:
+    """The task and the names of the outputs of the model in `folder`."""
+    if card.source == "transformers":
+        config = read_config(folder, ModelSpec(name=str(folder), trust_remote_code=card.trust_remote_code))
+        return task_in(config), labels(config)
+    if card.source == "timm":
+        from dist_finetune.models.timm_model import timm_labels, timm_task
+
+        return timm_task(folder), timm_labels(folder)
+    return saved.saved_for(folder)
+
+
 def load_exported(folder: Path, trust_remote_code: bool = False) -> tuple[nn.Module, ModelCard, tuple[str, ...]]:
-    """The classifier in `folder`, in eval mode, fp32, with its card and classes.
+    """The model in `folder`, in eval mode, fp32, with its card (for its task) and classes.
 
     Raises UserError where the folder holds no classifier with class names, or its weights are not whole.
     """
@@ -55,14 +68,8 @@ def load_exported(folder: Path, trust_remote_code: bool = False) -> tuple[nn.Mod
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of a model")
     card = describe_model(spec)
-    if card.source == "transformers":
-        classes = labels(read_config(folder, spec))
-    elif card.source == "timm":
-        from dist_finetune.models.timm_model import timm_labels
-
-        classes = timm_labels(folder)
-    else:
-        classes = tuple(saved.read_saved(folder)["classes"])
+    task, classes = exported_for(card, folder)
+    card = for_task(card, task)
     if not classes:
         raise UserError(f"{folder}: its config names no classes")
     model, provenance = load_model(card, spec, classes, seed=0)

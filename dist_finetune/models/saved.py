@@ -8,6 +8,7 @@ from typing import Any
 from dist_finetune.data.image_input import ImageInput
 from dist_finetune.errors import UserError
 from dist_finetune.models.card import ModelCard
+from dist_finetune.tasks.names import TaskName
 
 FILE = "dist_finetune_model.json"
 WEIGHTS = "model.safetensors"
@@ -27,6 +28,7 @@ def write_saved(card: ModelCard, classes: tuple[str, ...], options: dict[str, An
         "built_by": built_by(card.location),
         "built_with": options,
         "classes": list(classes),
+        "task": card.task,
         "modality": card.modality,
         "image": asdict(card.image) if card.image else None,
         "max_length": card.max_length,
@@ -44,6 +46,12 @@ def read_saved(folder: Path) -> dict[str, Any]:
         return dict(whole)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / FILE}: can't be read: {error!r}") from None
+
+
+def saved_for(folder: Path) -> tuple[TaskName, tuple[str, ...]]:
+    """The task and the classes that the exported model is for."""
+    whole = read_saved(folder)
+    return whole.get("task", "classification"), tuple(whole["classes"])
 
 
 def saved_folder(location: str) -> Path | None:

@@ -3,6 +3,7 @@
 import importlib
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +23,10 @@ from dist_finetune.models.demo import (
 )
 from dist_finetune.models.hub import TIMM_HUB, hub_folder
 from dist_finetune.models.suggest import suggestions
-from dist_finetune.models.transformers_config import read_json
+from dist_finetune.models.transformers_config import read_json, require_tagger
 from dist_finetune.models.weights import check_weights_option
 from dist_finetune.spec import ModelSpec
+from dist_finetune.tasks.names import TaskName
 
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -43,8 +45,19 @@ def describe_model(spec: ModelSpec, data_image_size: int | None = None) -> Model
     return card
 
 
+def for_task(card: ModelCard, task: TaskName) -> ModelCard:
+    """The card with a head for `task`. Raises UserError where the model has none for it."""
+    if task == "token-classification":
+        if card.modality == "image":
+            raise UserError(f"task: {task} tags words, and {card.name} reads images; choose a model for text")
+        if card.source == "transformers":
+            require_tagger(card)
+    return replace(card, task=task)
+
+
 def build_model(card: ModelCard, spec: ModelSpec, classes: tuple[str, ...]) -> nn.Module:
-    """A randomly initialised model with a head for `classes`, on the current default device (meta reads no weights).
+    """A randomly initialised model with a head of `card.task` with an output for each of `classes`, on the current
+    default device (meta reads no weights).
 
     `spec.dropout` is set in all its dropouts; None leaves them.
     """
@@ -67,7 +80,7 @@ def load_tokenizer(card: ModelCard) -> PreTrainedTokenizerBase:
 
 
 def forward_logits(model: nn.Module, inputs: dict[str, Tensor] | Tensor) -> Tensor:
-    """Logits (B, num_classes) of keyword inputs (text) or of images (B, C, H, W)."""
+    """Logits (B, num_classes), or (B, T, num_classes) of words, of keyword inputs (text) or images (B, C, H, W)."""
     output: Any = model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor):

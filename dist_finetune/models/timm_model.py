@@ -16,6 +16,7 @@ from dist_finetune.models.card import CNN_LR, TRANSFORMER_LR, ModelCard, Provena
 from dist_finetune.models.demo import EFFICIENTNET, efficientnet_file, efficientnet_state
 from dist_finetune.models.dropout import set_dropout
 from dist_finetune.models.hub import TIMM_HUB, commit_of, fetch_url, hub_file, hub_folder
+from dist_finetune.models.transformers_config import PROBLEM_TYPES, task_of_problem
 from dist_finetune.models.weights import (
     files_sha256,
     head_tensors,
@@ -28,6 +29,7 @@ from dist_finetune.models.weights import (
     write_weights,
 )
 from dist_finetune.spec import ModelSpec
+from dist_finetune.tasks.names import TaskName
 
 ATTENTION_SEGMENTS = {"attn", "attention", "self_attention", "qkv"}
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -94,7 +96,10 @@ def load_timm(card: ModelCard, spec: ModelSpec, classes: tuple[str, ...], seed: 
             else:
                 folder = _folder(card.location, card.revision, weights=file is None)
                 if file is None and folder is not None:
-                    commit, head_kept = commit_of(folder), timm_labels(folder) == classes
+                    commit, head_kept = (
+                        commit_of(folder),
+                        timm_labels(folder) == classes and timm_task(folder) == card.task,
+                    )
                     file = _weights_in(folder)
                 assert file is not None
                 state = read_weights(file)
@@ -144,6 +149,8 @@ def export_timm(
         "num_classes": len(classes),
         "num_features": model.num_features,
         "label_names": list(classes),
+        # timm has no word for it; transformers, which loads this folder too, reads its own
+        **({"problem_type": PROBLEM_TYPES[card.task]} if card.task != "classification" else {}),
         **({"model_args": arguments} if arguments else {}),
         "pretrained_cfg": config,
     }
@@ -156,6 +163,11 @@ def timm_labels(folder: Path) -> tuple[str, ...]:
     config = _folder_config(folder)
     names = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names") or ()
     return tuple(str(n) for n in (names.values() if isinstance(names, dict) else names))
+
+
+def timm_task(folder: Path) -> TaskName:
+    """The task that a model in a folder of timm's format is for."""
+    return task_of_problem(_folder_config(folder).get("problem_type"))
 
 
 def _create(card: ModelCard, spec: ModelSpec, num_classes: int, file: Path | None = None) -> nn.Module:

@@ -13,7 +13,7 @@ from dist_finetune.errors import UserError, did_you_mean, nearest
 from dist_finetune.models.card import CNN_LR, TRANSFORMER_LR, ModelCard, Provenance
 from dist_finetune.models.dropout import set_dropout
 from dist_finetune.models.hub import fetch_url
-from dist_finetune.models.saved import WEIGHTS, built_by, read_saved, saved_folder, saved_image
+from dist_finetune.models.saved import WEIGHTS, built_by, saved_folder, saved_for, saved_image
 from dist_finetune.models.weights import (
     files_sha256,
     head_tensors,
@@ -74,7 +74,7 @@ def load_torchvision(
         state = model.state_dict()
         return model, Provenance(card.name, None, tensors_sha256(state), (), tuple(state), False)
     file = weights_file(spec.weights)
-    head_kept = file is None and folder is not None and tuple(read_saved(folder)["classes"]) == classes
+    head_kept = file is None and folder is not None and saved_for(folder) == (card.task, classes)
     if file is None:
         file = folder / WEIGHTS if folder else _published_file(architecture, card.name)
     dropped = AUXILIARY.get(architecture, ())

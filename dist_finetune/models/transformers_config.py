@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from dist_finetune.data.image_input import ImageInput
@@ -18,6 +19,7 @@ from dist_finetune.models.dropout import set_config_dropout
 from dist_finetune.models.hub import CONFIG_FILES, hub_folder
 from dist_finetune.models.weights import first_line
 from dist_finetune.spec import ModelSpec
+from dist_finetune.tasks.names import TaskName
 
 DEFAULT_MAX_LENGTH = 512
 POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
@@ -26,6 +28,12 @@ OFFSET_POSITIONS = {
     "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
     "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 }  # fmt: skip
+# What transformers calls the tasks whose heads are of one class; words have a class of model of their own.
+PROBLEM_TYPES: dict[TaskName, str] = {
+    "classification": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regression": "regression",
+}
 RESAMPLING = {2: "bilinear", 3: "bicubic"}
 UNLIMITED = 1_000_000
 
@@ -84,7 +92,7 @@ def classifier_config(card: ModelCard, spec: ModelSpec, classes: tuple[str, ...]
     config = read_config(source_folder(card.location, card.revision, card.trust_remote_code), spec)
     config.id2label = dict(enumerate(classes))
     config.label2id = {label: i for i, label in enumerate(classes)}
-    config.problem_type = "single_label_classification"
+    config.problem_type = PROBLEM_TYPES.get(card.task)
     if card.image and hasattr(config, "image_size"):
         height, width = card.image.size
         config.image_size = height if height == width else [height, width]
@@ -96,6 +104,31 @@ def classifier_config(card: ModelCard, spec: ModelSpec, classes: tuple[str, ...]
 def labels(config: Any) -> tuple[str, ...]:
     """Class names in the order of the logits."""
     return tuple(str(config.id2label[i]) for i in sorted(config.id2label))
+
+
+def task_in(config: Any) -> TaskName:
+    """The task that a published or exported model is for; classification where its config does not say."""
+    if any(name.endswith("ForTokenClassification") for name in config.architectures or ()):
+        return "token-classification"
+    return task_of_problem(config.problem_type)
+
+
+def task_of_problem(problem_type: str | None) -> TaskName:
+    """The task that transformers calls so."""
+    return next((task for task, problem in PROBLEM_TYPES.items() if problem == problem_type), "classification")
+
+
+def require_tagger(card: ModelCard) -> None:
+    """Raises UserError where transformers has no model of this kind that gives a tag for each token."""
+    spec = ModelSpec(name=card.name, revision=card.revision, trust_remote_code=card.trust_remote_code)
+    config = read_config(source_folder(card.location, card.revision, card.trust_remote_code), spec)
+    own_code = getattr(config, "auto_map", None) or {}
+    known = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+    if config.model_type not in known and "AutoModelForTokenClassification" not in own_code:
+        raise UserError(
+            f"task: token-classification: transformers has no {config.model_type} that tags words; "
+            "use a BERT-like model, such as bert, roberta, electra, deberta-v2 or modernbert"
+        )
 
 
 def _modality(config: Any, name: str) -> Literal["text", "image"]:

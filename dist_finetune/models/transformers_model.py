@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,6 +34,7 @@ from dist_finetune.models.transformers_config import (
     read_json,
     resized_processor,
     source_folder,
+    task_in,
 )
 from dist_finetune.models.weights import (
     files_sha256,
@@ -78,7 +80,8 @@ def load_transformers(
     head = head_tensors(
         lambda n: _build(card, spec, classifier_config(card, spec, tuple(map(str, range(n))))), len(classes)
     )
-    head_kept = file is None and labels(read_config(folder, spec)) == classes
+    source = read_config(folder, spec)
+    head_kept = file is None and labels(source) == classes and task_in(source) == card.task
     with seeded(seed), plain_loading():
         model, info = _from_pretrained(card, spec, config, folder if file is None else None, file)
         initialized = _new_tensors(model, info, head, card.name if file is None else str(file))
@@ -115,12 +118,17 @@ def read_tokenizer(card: ModelCard, location: str) -> PreTrainedTokenizerBase:
         raise UserError(
             f"model.name {card.name}: {folder} has no tokenizer; copy tokenizer.json (or its vocabulary) there"
         )
+    options = {"trust_remote_code": card.trust_remote_code, "local_files_only": True}
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=card.trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        if card.task == "token-classification" and getattr(tokenizer, "add_prefix_space", None) is False:
+            # byte-level tokenizers, such as RoBERTa's, read a word that stands after a space from its space on
+            tokenizer = AutoTokenizer.from_pretrained(folder, add_prefix_space=True, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(
             f"model.name {card.name}: the tokenizer in {folder} can't be read: {first_line(error)}"
         ) from None
+    return tokenizer
 
 
 def export_transformers(
@@ -170,7 +178,10 @@ def plain_loading() -> Iterator[None]:
 
 
 def _auto_class(card: ModelCard) -> Any:
-    return AutoModelForSequenceClassification if card.modality == "text" else AutoModelForImageClassification
+    if card.modality == "image":
+        return AutoModelForImageClassification
+    is_tagger = card.task == "token-classification"
+    return AutoModelForTokenClassification if is_tagger else AutoModelForSequenceClassification
 
 
 def _build(card: ModelCard, spec: ModelSpec, config: Any) -> nn.Module:

@@ -1,6 +1,7 @@
 """Tiny models and data, made on the spot: a BERT folder with its vocabulary, weights of a CNN, texts, images."""
 
 import csv
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ TOPICS = {
 FILLERS = ["the", "a", "we", "had", "some", "very", "good", "with", "and", "today", "my", "again", "often", "more"]
 NUM_TRAIN, NUM_VALIDATION = 151, 37  # odd and prime: no batch, window or share comes out even
 NUM_IMAGES, NUM_VALIDATION_IMAGES = 44, 13
+NUM_TASK_TRAIN, NUM_TASK_VALIDATION = 45, 23
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,19 @@ class Material:
             "track": {"wandb": "off"},
         }
         return _changed(base, changes)
+
+    def task(self, label: str, **changes: Any) -> dict[str, Any]:
+        """A config as `text` gives it, of rows with a label of another task: `topics` (a list), `score` or `tags`."""
+        files = (str(self.folder / f"{name}.jsonl") for name in ("tasks", "tasks_validation"))
+        data = dict(zip(("train", "validation"), files, strict=True))
+        data |= {"text": "words" if label == "tags" else "text", "label": label}
+        return _changed(self.text(data=data), changes)
+
+    def image_task(self, label: str, **changes: Any) -> dict[str, Any]:
+        """A config as `image` gives it, of rows with a label of another task: `colours` (a list) or `brightness`."""
+        names = ("train", "images"), ("validation", "validation_images")
+        data = {role: str(self.folder / f"{name}.jsonl") for role, name in names}
+        return _changed(self.image(data={**data, "image": "file", "label": label}), changes)
 
     def image(self, **changes: Any) -> dict[str, Any]:
         """A config of a small ResNet, stem, two stages and every BatchNorm frozen."""
@@ -80,6 +95,9 @@ def write_material(folder: Path) -> Material:
         write_sentences(path, num_rows, seed)
     for seed, (path, num_images) in enumerate(zip(images, (NUM_IMAGES, NUM_VALIDATION_IMAGES), strict=True)):
         write_images(path, num_images, seed)
+        write_image_rows(path)
+    for seed, (name, num_rows) in enumerate((("tasks", NUM_TASK_TRAIN), ("tasks_validation", NUM_TASK_VALIDATION))):
+        write_task_rows(folder / f"{name}.jsonl", num_rows, seed)
     return Material(folder, bert, cnn, *texts, *images)
 
 
@@ -124,6 +142,32 @@ def write_sentences(path: Path, num_rows: int, seed: int) -> None:
         csv.writer(file).writerows([("text", "label"), *rows.items()])
 
 
+def task_rows(num_rows: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of 1 to 20 words, some of them several tokens long, about none to three topics: `words` and `tags` (BIO),
+    `text`, `topics` (a list) and `score` (a real number)."""
+    draw, rows = random.Random(seed), []
+    while len(rows) < num_rows:
+        words, tags = [], []
+        topics = draw.sample(list(TOPICS), draw.randint(0, 3))
+        for _ in range(draw.randint(1, 7)):
+            if topics and draw.random() < 0.5:
+                topic = draw.choice(topics)
+                words += draw.sample(TOPICS[topic], draw.randint(1, 3))
+                tags += [f"B-{topic}", f"I-{topic}", f"I-{topic}"][: len(words) - len(tags)]
+            else:
+                words.append("-".join(draw.choices(FILLERS, k=draw.randint(1, 3))))
+                tags.append("O")
+        found = sorted({tag[2:] for tag in tags if tag != "O"})
+        score = len(found) + 0.25 * len(words) / 20 + draw.random() / 8
+        rows.append({"words": words, "tags": tags, "text": " ".join(words), "topics": found, "score": score})
+    return rows
+
+
+def write_task_rows(path: Path, num_rows: int, seed: int) -> None:
+    """`task_rows` as a .jsonl file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in task_rows(num_rows, seed)), encoding="utf-8")
+
+
 def write_images(folder: Path, num_images: int, seed: int) -> None:
     """Noise around a colour for each class, 40 x 48 pixels, so that they are resized and cropped."""
     rng = np.random.default_rng(seed)
@@ -132,3 +176,15 @@ def write_images(folder: Path, num_images: int, seed: int) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
         pixels = np.clip(rng.normal(colour, 60, (40, 48, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / name / f"{i:03}.png")
+
+
+def write_image_rows(folder: Path) -> None:
+    """<folder>.jsonl with a row for each image: its `file`, the `colours` that it has more than half of, and its
+    `brightness`, a real number."""
+    rows = []
+    for path in sorted(folder.rglob("*.png")):
+        means = np.asarray(Image.open(path)).reshape(-1, 3).mean(0) / 255
+        colours = [name for name, mean in zip(("red", "green", "blue"), means, strict=True) if mean > 0.45]
+        colours += ["bright"] if means.mean() > 0.405 else []
+        rows.append({"file": str(path), "colours": colours, "brightness": float(means.mean())})
+    folder.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -16,6 +16,7 @@ from dist_finetune.advise.probes import MAX_ROWS, Evidence, Probe, depth_words, 
 from dist_finetune.advise.run import follow_advice
 from dist_finetune.advise.situation import choices, judge
 from dist_finetune.advise.text import config_block, plot_probes, ready_yaml
+from dist_finetune.data.columns import Columns
 from dist_finetune.data.tables import Tables
 from dist_finetune.errors import UserError
 from dist_finetune.spec import Spec
@@ -176,7 +177,7 @@ def test_a_deep_network_is_probed_at_eight_blocks_ends_included() -> None:
 def test_the_sample_is_bounded_and_keeps_the_shares_of_classes() -> None:
     labels = [0] * 4000 + [1] * 980 + [2] * 20
     table = Dataset.from_dict({"text": [f"row {i}" for i in range(5000)], "label": labels})
-    whole = Tables(table, table, table, ("a", "b", "c"), "text", ("text",), None, "label", "f")
+    whole = Tables(table, table, table, ("a", "b", "c"), Columns("text", ("text",), None, ("label",)), "f")
     found = sample_tables(whole, seed=0)
     counts = np.bincount(found.train["label"])
     assert found.test is None

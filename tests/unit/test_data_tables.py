@@ -10,15 +10,19 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from dist_finetune.data.builtin import read_builtin
+from dist_finetune.data.columns import Columns
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.errors import UserError
 from dist_finetune.spec import DataSpec
+from dist_finetune.tasks.names import TaskName
 
 needs_corpus = pytest.mark.skipif(
     find_spec("chatterbot_corpus") is None, reason="chatterbot-corpus (demo extra) is absent"
@@ -47,8 +51,8 @@ def write_images(folder: Path, classes: tuple[str, ...] = ("ants", "bees"), coun
     return folder
 
 
-def read(**data: Any) -> Tables:
-    return read_tables(DataSpec(**data), seed=0)
+def read(task: TaskName | None = None, **data: Any) -> Tables:
+    return read_tables(DataSpec(**data), seed=0, task=task)
 
 
 def refusal(**data: Any) -> str:
@@ -62,7 +66,7 @@ def test_a_file_becomes_train_and_validation(tmp_path: Path) -> None:
     assert tables.classes == ("neg", "pos")
     assert tables.modality == "text"
     assert tables.test is None
-    assert (tables.text_columns, tables.image_column, tables.label_column) == (("text",), None, "label")
+    assert tables.columns == Columns("text", ("text",), None, ("label",), "classification")
     assert tables.train.column_names == ["text", "label"]
     assert len(tables.train) == 32
     assert Counter(tables.validation["label"]) == {0: 4, 1: 4}
@@ -125,7 +129,7 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
     (folder / "bees" / "deeper").mkdir()
     shutil.copy(folder / "bees" / "0.jpg", folder / "bees" / "deeper" / "copy.jpg")
     tables = read(train=str(folder), validation=0.25)
-    assert (tables.modality, tables.image_column, tables.classes) == ("image", "image", ("ants", "bees"))
+    assert (tables.modality, tables.columns.image, tables.classes) == ("image", "image", ("ants", "bees"))
     assert len(tables.train) + len(tables.validation) == 13
     assert tables.train[0]["image"].size == (40, 30)
     # The copy stays on its original's side, and a moved folder is the same data.
@@ -218,6 +222,31 @@ def test_digits_are_images() -> None:
     assert max(high for _, high in image.getextrema()) == 255
 
 
+def test_digits_have_traits_and_a_slant() -> None:
+    tables = read(train="builtin:digits", label="traits", validation=0.2)
+    assert (tables.task, tables.classes) == ("multilabel", ("even", "prime", "round"))
+    digits = [str(label) for label in read_builtin("digits")["label"]]
+    traits = [set(row) for row in read_builtin("digits")["traits"]]
+    assert dict(zip(digits, traits, strict=True))["1"] == set()
+    assert all(("even" in names) == (int(digit) % 2 == 0) for digit, names in zip(digits, traits, strict=True))
+    tables = read(train="builtin:digits", label="slant")
+    slants = np.asarray(tables.train["label"])
+    assert tables.task == "regression"
+    assert 5 < slants.std() < 10
+    assert abs(slants).max() < 30
+
+
+@needs_corpus
+def test_punctuation_is_a_tag_for_each_word() -> None:
+    tables = read(train="builtin:punctuation")
+    assert (tables.task, tables.classes) == ("token-classification", ("O", "comma", "period", "question"))
+    rows = [*tables.train, *tables.validation]
+    assert len(rows) == len({tuple(row["words"]) for row in rows}) > 1000
+    assert all(len(row["words"]) == len(row["label"]) >= 3 for row in rows)
+    found = {" ".join(row["words"]): [tables.classes[tag] for tag in row["label"]] for row in rows}
+    assert found["what is ai"] == ["O", "O", "question"]
+
+
 def test_hymenoptera_reads_as_it_is() -> None:
     if not HYMENOPTERA.is_dir():
         pytest.skip("the shared hymenoptera images are absent")
@@ -251,7 +280,7 @@ def test_columns(tmp_path: Path, table: list[dict[str, Any]], data: dict[str, An
     path = write_csv(tmp_path / "a.csv", table)
     if words is None:
         tables = read(train=path, **data)
-        assert (tables.text_columns, tables.label_column) == (("sentence",), "stars")
+        assert (tables.columns.text, tables.columns.label) == (("sentence",), ("stars",))
     else:
         message = refusal(train=path, **data)
         assert [word for word in words if word not in message] == [], message
@@ -279,7 +308,13 @@ def test_all_bad_rows_of_all_splits_are_told_at_once(tmp_path: Path) -> None:
 def test_one_class_fractions_ids_and_unlabelled_tests(tmp_path: Path) -> None:
     assert "one class only, 'pos'" in refusal(train=write_csv(tmp_path / "a.csv", rows(9, ("pos",))))
     Dataset.from_list([{"text": f"row {i}", "label": i / 8} for i in range(30)]).to_parquet(tmp_path / "b.parquet")
-    assert "row 2: label 0.125 is a fraction" in refusal(train=str(tmp_path / "b.parquet"))
+    message = refusal(train=str(tmp_path / "b.parquet"), task="classification")
+    assert "column 'label' holds real numbers such as 0.0" in message
+    assert "task: regression would work" in message
+    whole = Dataset.from_list([{"text": f"row {i}", "label": float(i % 3)} for i in range(30)])
+    whole.to_parquet(tmp_path / "e.parquet")
+    message = refusal(train=str(tmp_path / "e.parquet"), validation=str(tmp_path / "b.parquet"))
+    assert "row 2: label 0.125 is a fraction" in message
     ids = [{"text": f"row {i}", "label": f"id-{i}"} for i in range(60)]
     assert "60 different values in 60 rows" in refusal(train=write_csv(tmp_path / "c.csv", ids))
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
-from dist_finetune.evaluate import classification_metrics
+from dist_finetune.tasks.metrics import classification_metrics
 
 
 @pytest.mark.parametrize(("rows", "classes", "present"), [(50, 4, 4), (7, 5, 2), (1, 3, 1), (400, 20, 19)])

@@ -48,8 +48,8 @@ wrong.yaml: 24 problems
 `demo:NAME` or `module:function`.
   wrong.yaml:3: model.dropout can't be 1.5. It takes a number below 1.0.
   wrong.yaml:2: unknown key model.nme. Did you mean name?
-  wrong.yaml:4: data.train is required. Hub id, file(s) .csv .tsv .json .jsonl .parquet .arrow, a folder of class \
-folders, or `builtin:NAME`.
+  wrong.yaml:4: data.train is required. Hub id, file(s) .csv .tsv .json .jsonl .parquet .arrow .conll, a folder of \
+class folders, or `builtin:NAME`.
   wrong.yaml:5: data.validation: 1.5 is no fraction of the training data; it must lie between 0 and 1, such as 0.1
   wrong.yaml:6: data.text.1 can't be None. It takes a text.
   override: data.max_rows can't be -1. It takes a number above 0.
@@ -136,7 +136,7 @@ def test_short_forms_and_their_long_forms_are_equal() -> None:
 def test_an_unquoted_number_or_date_can_be_a_name(tmp_path: Path) -> None:
     text = "model: {name: 7}\ndata: {train: rows.csv, label: 0, text: [1, 2]}\nname: 2024-05-01\n"
     spec = load_spec(write(tmp_path, text))
-    assert (spec.name, spec.model.name, spec.data.label, spec.data.text) == ("2024-05-01", "7", "0", ("1", "2"))
+    assert (spec.name, spec.model.name, spec.data.label, spec.data.text) == ("2024-05-01", "7", ("0",), ("1", "2"))
     assert type(spec.model.name) is str
 
 

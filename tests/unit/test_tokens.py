@@ -130,3 +130,20 @@ def test_without_a_place_each_run_encodes(planned: tuple[Plan, Tables, BertToken
     for _ in range(2):
         assert_same(store.rows("train", planned[1].train, encode), encode())
     assert len(calls) == 4
+
+
+def test_labels_of_tokens_are_kept_as_such(planned: tuple[Plan, Tables, BertTokenizerFast], tmp_path: Path) -> None:
+    store, calls, encode = stored_at(planned, tmp_path)
+
+    def tagged() -> TextRows:
+        rows = encode()
+        return replace(rows, labels=np.arange(len(rows.input_ids)), labels_are_of_tokens=True)
+
+    for _ in range(2):
+        row = store.rows("train", planned[1].train, tagged)[1]
+        assert "label" not in row
+        assert row["token_labels"].tolist() == list(range(4, 4 + len(row["input_ids"])))
+    assert len(calls) == 1
+    data = replace(store.plan.data, task="token-classification", classes=("O", "B"))
+    TokenStore(replace(store.plan, data=data), store.tokenizer).rows("train", planned[1].train, tagged)
+    assert len(calls) == 2
