@@ -13,9 +13,12 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*"))
 def test_all_configs_are_looked_at() -> None:
     assert [path.name for path in CONFIGS] == [
         "bert_large_sst2.yaml",
+        "multilabel_digits.yaml",
         "quickstart_bert.yaml",
         "quickstart_cnn.yaml",
+        "regression_digits.yaml",
         "resnet50_folder.yaml",
+        "tokens_punctuation.yaml",
     ]
 
 
