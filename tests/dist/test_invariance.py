@@ -40,6 +40,9 @@ def test_covers_hold_what_they_promise() -> None:
     assert {(c.freeze, c.strategy) for c in product} == {(c.freeze, c.strategy) for c in cover}
     assert {(c.model, c.strategy) for c in cover} == {(m, s) for m in MODELS for s in STRATEGIES}
     assert {(c.strategy, c.world_size) for c in cover} == {(s, w) for s in STRATEGIES for w in WORLD_SIZES}
+    for pair in (lambda c: c.strategy, lambda c: c.world_size, lambda c: c.accumulation, lambda c: c.rows):
+        assert {(c.loss, pair(c)) for c in cover} == {(loss, pair(c)) for c in product for loss in ("tokens", "samples")}
+    assert {c.loss for c in small} == {"tokens", "samples"}
     assert {c.freeze for c in small} == set(FREEZES)
     assert {c.strategy for c in small} == set(STRATEGIES)
     assert {c.rows for c in small} == set(ROWS)

@@ -71,15 +71,18 @@ def with_dropout(material: Material, strategy: str, **changes: Any) -> dict[str,
 
 
 def test_every_strategy_goes_on_bit_for_bit(material: Material, resume: Resume) -> None:
-    """Stopped three times, also within an evaluation and while a checkpoint is being written."""
+    """Stopped three times, also within an evaluation and while a checkpoint is being written; tagged words twice, in
+    the middle of an epoch of three steps and within an evaluation."""
+    configs = {strategy: (with_dropout(material, strategy), STOPS) for strategy in STRATEGIES}
+    configs["tags"] = {**with_dropout(material, "zero2"), "data": material.task("tags")["data"]}, (5, 4)
     jobs = []
-    for strategy in STRATEGIES:
-        config = with_dropout(material, strategy)
-        jobs += [(f"straight-{strategy}", config, {}), (f"stopped-{strategy}", config, {"stops": STOPS})]
+    for name, (config, stops) in configs.items():
+        jobs += [(f"straight-{name}", config, {}), (f"stopped-{name}", config, {"stops": stops})]
     runs, results = resume(jobs, 2)
-    for straight, stopped, result in zip(runs[::2], runs[1::2], results[1::2], strict=True):
-        assert len(result["stops"]) == len(STOPS), result
-        check_identical(straight, stopped, len(STOPS) + 1)
+    all_stops = [stops for _, stops in configs.values()]
+    for straight, stopped, result, stops in zip(runs[::2], runs[1::2], results[1::2], all_stops, strict=True):
+        assert len(result["stops"]) == len(stops), result
+        check_identical(straight, stopped, len(stops) + 1)
 
 
 @pytest.mark.slow

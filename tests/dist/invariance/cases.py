@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-MODELS = ("bert", "resnet", "minilm", "efficientnet")
-SMALL = ("bert", "resnet")
+MODELS = ("bert", "bert-tokens", "resnet", "minilm", "efficientnet")
+"""All classify rows, with a loss of samples, but `bert-tokens`, which tags words, with a loss of tokens."""
+SMALL = ("bert", "bert-tokens", "resnet")
 FREEZES = ("none", "embeddings", "prefix", "1,2,3", "norms", "bias-only", "backbone", "phases")
 STRATEGIES = (
     "ddp", "zero1", "zero2", "zero3", "fsdp",
@@ -18,7 +19,7 @@ ACCUMULATIONS = (1, 2, 3)
 ROWS = (36, 37, 41)
 """Training rows at a global batch of 12: even, one left over for one rank, five left over for four."""
 GLOBAL_BATCH_SIZE = 12
-STEPS = {"bert": 30, "resnet": 30, "minilm": 6, "efficientnet": 6}
+STEPS = {"bert": 30, "bert-tokens": 30, "resnet": 30, "minilm": 6, "efficientnet": 6}
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Case:
     def name(self) -> str:
         parts = (self.reference, self.strategy, f"{self.world_size} processes", f"accumulation {self.accumulation}")
         return ", ".join(parts)
+
+    @property
+    def loss(self) -> str:
+        """What the loss counts."""
+        return "tokens" if self.model == "bert-tokens" else "samples"
 
     @property
     def reference(self) -> str:

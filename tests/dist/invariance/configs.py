@@ -47,9 +47,10 @@ def write_inputs(folder: Path) -> Inputs:
 def config_of(case: Case, inputs: Inputs) -> dict[str, Any]:
     """The config of a case, without name and output."""
     changes, material = case.overrides(), inputs.material
-    is_text = case.model in ("bert", "minilm")
+    is_text = case.model in ("bert", "bert-tokens", "minilm")
     models: dict[str, dict[str, Any]] = {
         "bert": {"name": str(inputs.bert), "dropout": 0.0},
+        "bert-tokens": {"name": str(inputs.bert), "dropout": 0.0},
         "minilm": {"name": "demo:minilm", "dropout": 0.0},
         "resnet": {"name": "timm:test_resnet", "weights": str(material.cnn_weights)},
         "efficientnet": {"name": "demo:efficientnet-lite0", "dropout": 0.0},
@@ -58,7 +59,9 @@ def config_of(case: Case, inputs: Inputs) -> dict[str, Any]:
         (material.train, material.validation) if is_text else (material.images, material.validation_images)
     )
     data: dict[str, Any] = {"train": str(train), "validation": str(validation), "max_rows": changes["rows"]}
-    if not is_text:
+    if case.model == "bert-tokens":
+        data |= material.task("tags")["data"]
+    elif not is_text:
         data |= {"image_size": 32, "num_workers": 0}
     return {
         "model": models[case.model],
@@ -67,7 +70,7 @@ def config_of(case: Case, inputs: Inputs) -> dict[str, Any]:
         "train": {
             "epochs": 1 if case.freeze == "phases" else 20, "max_steps": changes["steps"],
             "global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": changes["micro"], "eval_batch_size": 5,
-            "lr": 2e-4 if case.model == "bert" else 5e-5, "precision": "fp32",
+            "lr": 2e-4 if case.model in ("bert", "bert-tokens") else 5e-5, "precision": "fp32",
         },
         "shard": changes["shard"],
         "cache": "off",
