@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dist_finetune.errors import UserError
-from dist_finetune.models import custom_model, saved, transformers_model
+from dist_finetune.models import custom_model, saved
 from dist_finetune.models.card import ModelCard, Source
 from dist_finetune.models.demo import (
     EFFICIENTNET,
@@ -23,6 +23,7 @@ from dist_finetune.models.demo import (
 )
 from dist_finetune.models.hub import TIMM_HUB, hub_folder
 from dist_finetune.models.suggest import suggestions
+from dist_finetune.models.tokenizer import read_tokenizer
 from dist_finetune.models.transformers_config import read_json, require_tagger
 from dist_finetune.models.weights import check_weights_option
 from dist_finetune.spec import ModelSpec
@@ -76,7 +77,7 @@ def of_source(source: Source, verb: Literal["describe", "build", "load", "export
 def load_tokenizer(card: ModelCard) -> PreTrainedTokenizerBase:
     """The tokenizer of a text model. Raises UserError where its folder has none."""
     location = custom_model.custom_tokenizer_location(card) if card.source == "custom" else card.location
-    return transformers_model.read_tokenizer(card, location)
+    return read_tokenizer(card, location)
 
 
 def forward_logits(model: nn.Module, inputs: dict[str, Tensor] | Tensor) -> Tensor:

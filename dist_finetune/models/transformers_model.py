@@ -13,9 +13,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import logging as transformers_logging
@@ -47,8 +45,6 @@ from dist_finetune.models.weights import (
     weights_file,
 )
 from dist_finetune.spec import ModelSpec
-
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "tokenizer_config.json")
 
 
 def describe_transformers(spec: ModelSpec, location: str, data_image_size: int | None) -> ModelCard:
@@ -109,26 +105,6 @@ def check_image_size(card: ModelCard, spec: ModelSpec) -> None:
             f"data.image_size {card.image.size[0]}: {card.name} has learned positions for {own[0]}x{own[1]} pixels "
             f"only; leave data.image_size out"
         )
-
-
-def read_tokenizer(card: ModelCard, location: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or hub repository. Raises UserError where there is none."""
-    folder = source_folder(location, card.revision, card.trust_remote_code)
-    if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
-        raise UserError(
-            f"model.name {card.name}: {folder} has no tokenizer; copy tokenizer.json (or its vocabulary) there"
-        )
-    options = {"trust_remote_code": card.trust_remote_code, "local_files_only": True}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        if card.task == "token-classification" and getattr(tokenizer, "add_prefix_space", None) is False:
-            # byte-level tokenizers, such as RoBERTa's, read a word that stands after a space from its space on
-            tokenizer = AutoTokenizer.from_pretrained(folder, add_prefix_space=True, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(
-            f"model.name {card.name}: the tokenizer in {folder} can't be read: {first_line(error)}"
-        ) from None
-    return tokenizer
 
 
 def export_transformers(
