@@ -1,5 +1,6 @@
 """The command line. Heavy imports stay inside the commands, so that `--help` and a wrong config answer at once."""
 
+import gc
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from dist_finetune.signals import follow_launcher, hold_back_signals
 if TYPE_CHECKING:
     from dist_finetune.spec import Spec
 
+GC_THRESHOLDS = (100_000, 50, 100)  # Python's own look for cycles every 700 objects takes a tenth of a start's time
 LOCAL_RANK_FLAG = re.compile(r"--local[_-]rank(=\d+)?")
 app = typer.Typer(
     help="Fine-tune large BERTs and CNNs over many GPUs, with the frozen layers truly frozen.",
@@ -44,6 +46,7 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew; a run folder o
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and ends the process: exit code 0 done, 1 failed, 2 wrong input, 75 stopped and resumable."""
+    gc.set_threshold(*GC_THRESHOLDS)
     try:
         _main(arguments)
     except SystemExit as end:
