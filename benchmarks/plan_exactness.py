@@ -27,7 +27,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 REPOSITORY = Path(__file__).parents[1]
 STATE_LIMIT, SAVED_LIMIT = 0.01, 0.05
-PEAK_LIMITS = (0.94, 1.9)  # planned to real
+PEAK_LIMITS = (0.92, 1.9)  # planned to real; `choice` leaves 8 % of a device as headroom
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 FREEZES: dict[str, Any] = {
     "none": "none",

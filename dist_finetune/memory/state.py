@@ -206,9 +206,9 @@ def _zero3(layout: Layout, world_size: int, zero: Mapping[str, Any], accumulates
     in_bf16, total = layout.num_reduced_in_bf16, layout.trainable
     buckets = bucket * ((FP32_BYTES if in_bf16 < total else 0) + (BF16_BYTES if in_bf16 else 0))
     staged = min(bucket, total) * FP32_BYTES  # whole gradients, until they are in a bucket
-    gathered = gathered_elements(layout, zero)
-    if world_size > 1:  # what has arrived in one flat buffer is copied out of it, weight by weight
-        gathered += min(total + layout.num_frozen, int(zero["stage3_prefetch_bucket_size"]))
+    # On the way up, what has arrived in one flat buffer is copied out of it, weight by weight; on the way down,
+    # gradients are on their way instead.
+    unpacked = min(total + layout.num_frozen, int(zero["stage3_prefetch_bucket_size"])) if world_size > 1 else 0
     return StateBytes(
         trainable_weights=share,
         frozen_weights=frozen,
@@ -216,7 +216,7 @@ def _zero3(layout: Layout, world_size: int, zero: Mapping[str, Any], accumulates
         optimizer=ADAM_MOMENTS * share + STEP_COUNT_BYTES * len(layout.groups),
         masters=share,
         buffers=layout.buffer_bytes,
-        communication=buckets + staged + gathered * FP32_BYTES,
+        communication=gathered_elements(layout, zero) * FP32_BYTES + max(buckets + staged, unpacked * FP32_BYTES),
         update=buckets + max(shares) * FP32_BYTES,
         padding=share - total * FP32_BYTES // world_size + frozen - layout.frozen_bytes // world_size,
     )
