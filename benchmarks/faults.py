@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "dist"))
 
 import torch
 from harness import Run, read_lines, write_config
-from job_process import JobProcess, last_step, run_command, started
+from job_process import JobProcess, hears_of_signals, last_step, run_command, started, wait_for
 from material import Material, write_material
 
 from dist_finetune.checkpoint.layout import COMPLETE, STATE, checkpoint_folders, step_of
@@ -76,6 +76,7 @@ def kill_everything(job: JobProcess, draw: random.Random) -> None:
 
 
 def send_a_signal(job: JobProcess, draw: random.Random) -> None:
+    wait_for(lambda: hears_of_signals(job.process.pid), 10, job.output)  # until then a signal ends any program
     job.process.send_signal(draw.choice(SIGNALS))
 
 

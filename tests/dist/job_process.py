@@ -95,6 +95,16 @@ def _environment(pid: int) -> list[bytes]:
         return []
 
 
+def hears_of_signals(pid: int) -> bool:
+    """True where a process holds SIGTERM back, or has a handler for it: it is past the start of Python itself."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    masks = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    return any(int(masks[name], 16) >> (signal.SIGTERM - 1) & 1 for name in ("SigBlk", "SigCgt"))
+
+
 @contextmanager
 def started(command: Sequence[str], folder: Path, material: Material, **env: str) -> Iterator[JobProcess]:
     """A running job that is gone when the block is left."""
@@ -144,6 +154,6 @@ def wait_for_step(job: JobProcess, run: Path, step: int, timeout_s: float = 90) 
 
 
 __all__ = [
-    "HANDLED", "JobProcess", "accelerate_command", "faulty_config", "last_step", "read_json", "run_command", "started",
+    "HANDLED", "JobProcess", "accelerate_command", "faulty_config", "hears_of_signals", "last_step", "read_json", "run_command", "started",
     "torchrun_command", "wait_for", "wait_for_step", "write_config",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from job_process import (
     JobProcess,
     accelerate_command,
     faulty_config,
+    hears_of_signals,
     run_command,
     started,
     torchrun_command,
@@ -132,19 +133,13 @@ def test_a_file_and_a_time_limit_stop_too(make_config: Callable[..., Path], mate
         check_stopped(job, run, job.wait(60), "launch.time_limit", num_checkpoints=2)
 
 
-def hears_of_sigterm(pid: int) -> bool:
-    """True where a process holds SIGTERM back, or has a handler for it: it is past the start of Python itself."""
-    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
-    return any(int(status[mask], 16) >> (signal.SIGTERM - 1) & 1 for mask in ("SigBlk", "SigCgt"))
-
-
 def test_a_signal_before_the_first_step_is_not_lost(
     make_config: Callable[..., Path], material: Material, tmp_path: Path
 ) -> None:
     """While torch is imported, data are read and the model loads: the run ends with 75 before it begins."""
     config, run = make_config(**LONG), tmp_path / "runs" / "job"
     with started(run_command(config), tmp_path, material) as job:
-        wait_for(lambda: len(job.pids()) == 3 and all(map(hears_of_sigterm, job.pids())), 30, job.output)
+        wait_for(lambda: len(job.pids()) == 3 and all(map(hears_of_signals, job.pids())), 30, job.output)
         assert not run.exists(), "too late to test this"
         job.process.send_signal(signal.SIGTERM)
         assert job.wait(60) == 75
