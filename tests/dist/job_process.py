@@ -154,6 +154,6 @@ def wait_for_step(job: JobProcess, run: Path, step: int, timeout_s: float = 90) 
 
 
 __all__ = [
-    "HANDLED", "JobProcess", "accelerate_command", "faulty_config", "hears_of_signals", "last_step", "read_json", "run_command", "started",
-    "torchrun_command", "wait_for", "wait_for_step", "write_config",
+    "HANDLED", "JobProcess", "accelerate_command", "faulty_config", "hears_of_signals", "last_step", "read_json",
+    "run_command", "started", "torchrun_command", "wait_for", "wait_for_step", "write_config",
 ]  # fmt: skip
