@@ -18,6 +18,7 @@ from dist_finetune.errors import TrainingError
 from dist_finetune.freeze import compile_freeze
 from dist_finetune.report import Reporter
 from dist_finetune.run import _prepare
+from dist_finetune.signals import StopSignals
 from dist_finetune.spec import FreezeSpec
 from dist_finetune.spec_file import load_spec
 from dist_finetune.stage import load_base, open_stage
@@ -25,7 +26,8 @@ from dist_finetune.world import World, join_world
 
 
 def look(config: str, strategy: str, world: World) -> dict[str, Any]:
-    job = _prepare(load_spec(config, [f"shard.strategy={strategy}"]), world, Reporter(is_first=False))
+    spec = load_spec(config, [f"shard.strategy={strategy}"])
+    job = _prepare(spec, world, Reporter(is_first=False), StopSignals())
     phase = job.plan.phases[0]
     model, _ = load_base(job.plan, job.world, job.report)
     replicated = len(phase.manifest.frozen) if job.plan.costs.frozen_layout == "replicate" else 0
