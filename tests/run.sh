@@ -31,6 +31,6 @@ run() {
 }
 ran=0 failed=0
 run -n "${TEST_WORKERS:-2}" -m "not (slow or dist or slurm or gpu)" "$@"
-run -m "(dist or slurm or gpu) and not slow" "$@"
+run --durations=10 -m "(dist or slurm or gpu) and not slow" "$@"
 [ "$failed" = 0 ] || exit "$failed"
 [ "$ran" = 1 ] || exit 5
