@@ -171,7 +171,7 @@ def waits_for_files() -> bool:
 
 @contextmanager
 def patience() -> Iterator[None]:
-    """Around what may wait for files, on this rank or another: `gather_objects`, `together` and `on_first` have it."""
+    """Around what may wait for files, on this rank or another; entered by all ranks. `together` and `on_first` do so."""
     global _num_waiting
     _num_waiting += 1
     try:
@@ -183,8 +183,7 @@ def patience() -> Iterator[None]:
 def gather_objects(value: T) -> list[T]:
     """`value` of every rank, in rank order, on every rank."""
     out: list[Any] = [None] * dist.get_world_size()
-    with patience():
-        dist.all_gather_object(out, value, group=_files)
+    dist.all_gather_object(out, value, group=_files if waits_for_files() else None)
     return out
 
 
@@ -201,7 +200,7 @@ def together(work: Callable[[], T]) -> T:
     """
     with patience():
         result, error = _attempt(work)
-    errors = [e for e in gather_objects(error) if e is not None]
+        errors = [e for e in gather_objects(error) if e is not None]
     if errors:
         raise errors[0]
     return result  # type: ignore[return-value]

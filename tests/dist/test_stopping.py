@@ -214,7 +214,7 @@ def test_a_failed_job_is_started_again(make_config: Callable[..., Path], materia
 
 def test_a_rank_that_hangs_is_named(make_config: Callable[..., Path], material: Material, tmp_path: Path) -> None:
     """Once in its own code, where it is behind while others wait for it, and once stopped as a whole."""
-    config, run = make_config(train={"epochs": 400}, launch={"timeout": "10 s"}), tmp_path / "runs" / "job"
+    config, run = make_config(train={"epochs": 400}, launch={"timeout": "10 s", "file_timeout": "20 s"}), tmp_path / "runs" / "job"
     fault = json.dumps({"kind": "hang", "rank": 1, "call": 30})
     with started(run_command(config), tmp_path, material, FAULT=fault) as job:
         assert job.wait(60) == 1
