@@ -171,7 +171,7 @@ def waits_for_files() -> bool:
 
 @contextmanager
 def patience() -> Iterator[None]:
-    """Around what may wait for files, on this rank or another; entered by all ranks, as in `together` and `on_first`."""
+    """Around what may wait for files, on this rank or another. All ranks enter it together, as in `on_first`."""
     global _num_waiting
     _num_waiting += 1
     try:
