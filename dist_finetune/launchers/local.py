@@ -201,25 +201,31 @@ def _start(
             stdout=out_write,
             stderr=err_write,
             process_group=0,
-            preexec_fn=_die_with_parent(os.getpid()),
+            preexec_fn=_before_worker(os.getpid()),
         )
     finally:
         for fd in {out_write, err_write}:
             os.close(fd)
 
 
-def _die_with_parent(parent: int) -> Callable[[], None] | None:
-    """Asks Linux to kill the worker when we die, however we die: an orphan would hold its GPU."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None).prctl
+def _before_worker(parent: int) -> Callable[[], None]:
+    """What a worker does before it becomes Python.
 
-    def ask() -> None:
+    It holds back the signals that we hand on until it listens to them (`dist_finetune.signals`): one that comes while
+    the interpreter starts would end it, and with it a job that has to answer with exit code 75. And it asks Linux to
+    kill it when we die, however we die: an orphan would hold its GPU.
+    """
+    prctl = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else None
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)
+        if prctl is None:
+            return
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
 
-    return ask
+    return prepare
 
 
 @contextlib.contextmanager

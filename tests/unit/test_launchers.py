@@ -316,13 +316,13 @@ def test_scrubbed_names_what_accelerate_would_read() -> None:
 # --- local launcher --------------------------------------------------------------------------------------------------
 
 
-def python(code: str) -> list[str]:
-    return [
-        sys.executable,
-        "-S",
-        "-c",
-        f"import os, pathlib, signal, sys, time\nrank = int(os.environ['RANK'])\n{code}",
-    ]
+LISTEN = "signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))\n"
+
+
+def python(code: str, start: str = LISTEN) -> list[str]:
+    """A worker that listens to signals at once, as a program does that no launcher of ours has started."""
+    imports = "import os, pathlib, signal, sys, time\nrank = int(os.environ['RANK'])\n"
+    return [sys.executable, "-S", "-c", f"{imports}{start}{code}"]
 
 
 def test_workers_get_the_variables_of_their_rank(tmp_path: Path) -> None:
@@ -433,8 +433,8 @@ sys.exit(launch_local([sys.executable, "-S", "-c", sys.argv[1]], 2, Path(sys.arg
 """
 
 
-def start_launcher(worker: str, folder: Path, **streams: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", LAUNCHER, python(worker)[-1], str(folder)], **streams)
+def start_launcher(worker: str, folder: Path, start: str = LISTEN, **streams: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", LAUNCHER, python(worker, start)[-1], str(folder)], **streams)
 
 
 def wait_for(condition: Any, what: str, timeout_s: float = 10) -> None:
@@ -451,6 +451,18 @@ def test_signals_reach_all_workers_and_their_exit_code_comes_back(tmp_path: Path
         f"open(os.path.join({str(tmp_path)!r}, f'ready-{{rank}}'), 'w').close()\ntime.sleep(60)"
     )
     launcher = start_launcher(worker, tmp_path / "logs")
+    wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers")
+    launcher.send_signal(number)
+    assert launcher.wait(timeout=10) == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_waits_for_a_worker_that_is_still_starting(tmp_path: Path, number: signal.Signals) -> None:
+    worker = (
+        f"open(os.path.join({str(tmp_path)!r}, f'ready-{{rank}}'), 'w').close()\ntime.sleep(0.5)\n"
+        f"signal.signal({int(number)}, lambda *a: sys.exit(75))\n{LISTEN}time.sleep(60)"
+    )
+    launcher = start_launcher(worker, tmp_path / "logs", start="")
     wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers")
     launcher.send_signal(number)
     assert launcher.wait(timeout=10) == 75
