@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_finetune.models.card import Provenance
-from dist_finetune.world import World, gather_objects, together
+from dist_finetune.world import World, gather_objects, patience, together
 
 Loaded = tuple[nn.Module, Provenance]
 
@@ -49,7 +49,7 @@ def load_once_a_node(
     tensors of that rank. Raises on every rank the DistFinetuneError of the lowest rank that failed.
     """
     reads = world.local_rank == 0
-    with ExitStack() as until_mapped:
+    with patience(), ExitStack() as until_mapped:
         own = together(lambda: load() if reads else None)
         problem: str | None = None
         written = None
@@ -82,7 +82,7 @@ def change_once_a_node(model: nn.Module, change: Callable[[], Iterable[str]], wo
     Raises on every rank the DistFinetuneError of the lowest rank that failed.
     """
     changes = world.local_rank == 0
-    with ExitStack() as until_mapped:
+    with patience(), ExitStack() as until_mapped:
         names = together(lambda: tuple(change()) if changes else ())
         folder: Path | None = None
         if changes and world.local_world_size > 1:
