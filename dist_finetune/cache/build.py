@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dist_finetune.cache.cut import Cut, NoCut, find_cut, make_tail, run_prefix
-from dist_finetune.cache.entries import META, cache_root, make_room, touch
+from dist_finetune.cache.entries import META, cache_root, hash_of, make_room, touch
 from dist_finetune.cache.rows import CachedCollate, CachedRows
 from dist_finetune.cache.store import Layout, ShardWriter, StoredRows, layout_json
 from dist_finetune.data.loading import Rows
@@ -197,14 +197,14 @@ def _key(job: Job, cut: Cut, frozen_digests: dict[str, str]) -> tuple[str, dict[
     """Short hash of all that decides what is stored, and what went into it."""
     encoded = {name: _encoding(rows, job.plan.spec.cache.views) for name, rows in job.splits.items()}
     source = {
-        "prefix": _hash(sorted((name, frozen_digests.get(name)) for name in cut.dropped)),
+        "prefix": hash_of(sorted((name, frozen_digests.get(name)) for name in cut.dropped)),
         "cut": cut.at.path,
         "data": job.plan.data.fingerprint,
         "encoded": encoded,
         "precision": job.plan.precision,
         "dtype": job.plan.spec.cache.dtype,
     }
-    return _hash(source)[:20], source
+    return hash_of(source)[:20], source
 
 
 def _encoding(rows: Rows, views: int | None) -> str:
@@ -212,8 +212,4 @@ def _encoding(rows: Rows, views: int | None) -> str:
     if isinstance(rows.dataset, TextRows):
         return hashlib.sha256(rows.dataset.input_ids.tobytes() + rows.dataset.offsets.tobytes()).hexdigest()
     images = cast("ImageRows", rows.dataset)
-    return _hash([repr(images.image_input), rows.num_rows, images.augment and [images.seed, views]])
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hash_of([repr(images.image_input), rows.num_rows, images.augment and [images.seed, views]])

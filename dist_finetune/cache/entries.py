@@ -1,11 +1,13 @@
 """The entries of a cache folder: what is there, when it was used, and room for more."""
 
+import hashlib
 import json
 import os
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dist_finetune.spec import Spec
 
@@ -22,6 +24,11 @@ class CacheEntry:
     used: float
     """When it was last opened, seconds since the epoch."""
     source: str
+
+
+def hash_of(value: Any) -> str:
+    """sha256 of JSON values: the key of an entry comes from a hash of all that decides what is stored."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def cache_root(spec: Spec) -> Path:

@@ -6,7 +6,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import secrets
 import shutil
@@ -22,7 +21,7 @@ import transformers
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dist_finetune.cache.entries import META, cache_root, make_room, touch
+from dist_finetune.cache.entries import META, cache_root, hash_of, make_room, touch
 from dist_finetune.data.encode import encode_splits
 from dist_finetune.data.loading import Rows
 from dist_finetune.data.tables import Tables
@@ -41,10 +40,12 @@ def encode_once(plan: Plan, tables: Tables, tokenizer: PreTrainedTokenizerBase |
     then all others. Where nothing can be written, each encodes for itself.
     """
     keep = TokenStore(plan, tokenizer).rows if tokenizer else None
-    if keep and is_large(tables):
-        together(lambda: encode_splits(plan, tables, tokenizer, keep) if world.rank == 0 else None)
-        together(lambda: encode_splits(plan, tables, tokenizer, keep) if world.local_rank == 0 else None)
-    return together(lambda: encode_splits(plan, tables, tokenizer, keep))
+    encode = partial(encode_splits, plan, tables, tokenizer, keep)
+    if not (keep and is_large(tables)):
+        return together(encode)
+    first = together(lambda: encode() if world.is_first else None)
+    of_node = together(lambda: first or (encode() if world.local_rank == 0 else None))
+    return together(lambda: of_node or encode())
 
 
 def is_large(tables: Tables) -> bool:
@@ -72,7 +73,7 @@ class TokenStore:
             "split": split,
         }
         root = cache_root(self.plan.spec)
-        folder = root / f"tokens-{_hash(made_from)[:20]}"
+        folder = root / f"tokens-{hash_of(made_from)[:20]}"
         if (folder / META).exists():
             try:
                 kept = _read(folder)
@@ -92,9 +93,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     versions = [transformers.__version__, tokenizers.__version__, type(tokenizer).__name__]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return _hash([*versions, tokenizer.get_vocab(), repr(sorted(tokenizer.init_kwargs.items()))])
+        return hash_of([*versions, tokenizer.get_vocab(), repr(sorted(tokenizer.init_kwargs.items()))])
     content = json.loads(backend.to_str())
-    return _hash([*versions, {k: v for k, v in content.items() if k not in ("truncation", "padding")}])
+    return hash_of([*versions, {k: v for k, v in content.items() if k not in ("truncation", "padding")}])
 
 
 def _write(folder: Path, encoded: TextRows, plan: Plan, made_from: dict[str, Any]) -> None:
@@ -122,7 +123,3 @@ def _read(folder: Path) -> TextRows:
     load = partial(np.load, mmap_mode="r", allow_pickle=False)
     arrays = {path.stem: load(path).view(np.ndarray) for path in folder.glob("*.npy")}
     return TextRows(**arrays, **numbers)
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
