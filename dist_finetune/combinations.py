@@ -11,7 +11,7 @@ from dist_finetune.phases import PhasePlan
 from dist_finetune.spec import Spec, Strategy
 
 if TYPE_CHECKING:
-    from dist_finetune.plan import Topology
+    from dist_finetune.topology import Topology
 
 
 def possible_strategies(
@@ -47,6 +47,12 @@ def _problems(
     rounded = any(phase.frozen_dtype == "bf16" for phase in phases)
     if spec.shard.frozen != "auto" and not freezes:
         yield f"shard.frozen: {spec.shard.frozen} has no effect: nothing is frozen; remove it"
+    always = {"replicate": ("ddp", "zero1", "zero2"), "shard": ("zero3",)}.get(spec.shard.frozen, ())
+    if spec.shard.strategy in always:
+        yield (
+            f"shard.frozen: {spec.shard.frozen} has no effect, {spec.shard.strategy} always does so; remove it, or "
+            "choose fsdp, which can do both"
+        )
     if rounded and not freezes:
         yield "freeze.dtype: bf16 has no effect: nothing is frozen; remove it"
     elif rounded and precision != "bf16":
@@ -65,7 +71,7 @@ def _problems(
     for name in ("gradient_checkpointing", "compile"):
         if getattr(spec.train, name) and not structure.blocks:
             yield f"train.{name} works block by block, and no blocks were found in this model; remove it"
-    if spec.train.compile and topology.device == "cpu" and not _has_compiler():
+    if spec.train.compile and topology.device == "cpu" and not has_compiler():
         yield "train.compile needs a C++ compiler on the CPU, and there is none (g++); install one or leave it out"
 
 
@@ -90,11 +96,6 @@ def _strategy_problems(spec: Spec, strategy: Strategy, precision: str, phases: S
         yield f"shard.frozen: shard can't work with {strategy}, whose ranks hold whole weights; use fsdp or zero3"
     if frozen == "replicate" and strategy == "zero3":
         yield "shard.frozen: replicate can't work with zero3, which cuts every weight; use fsdp, zero2 or ddp"
-    if precision == "fp16" and strategy.startswith("zero"):
-        yield (
-            f"train.precision: fp16 can't work with {strategy}: DeepSpeed clips gradients before it takes the "
-            "loss scale off them; use ddp or fsdp, or bf16"
-        )
     if spec.train.compile and strategy == "zero3":
         yield (
             "train.compile can't work with zero3, whose hooks fetch weights inside the blocks; use fsdp, "
@@ -110,7 +111,8 @@ def _strategy_problems(spec: Spec, strategy: Strategy, precision: str, phases: S
             )
 
 
-def _has_compiler() -> bool:
+def has_compiler() -> bool:
+    """Whether torch.compile finds what makes code for the CPU."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
 
 

@@ -6,12 +6,12 @@ buckets of 5e8 elements cost 2 GB on a rank that trains a small head.
 
 from typing import TYPE_CHECKING, Any
 
-from dist_finetune.errors import UserError
+from dist_finetune.errors import UserError, did_you_mean
 from dist_finetune.freeze import Manifest
 from dist_finetune.spec import Spec, Strategy
 
 if TYPE_CHECKING:
-    from dist_finetune.plan import BatchPlan
+    from dist_finetune.batch_plan import BatchPlan
 
 BUCKET_ELEMENTS = 50_000_000  # 200 MB of fp32 gradients in flight: large enough for full bandwidth
 
@@ -42,9 +42,9 @@ def deepspeed_settings(
     }
     if spec.shard.offload != "none":
         settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW runs on the CPU as well, with no compiler
-    if precision == "bf16":
-        # bf16.enabled would cast norms too; autocast keeps parameters and norms in fp32
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if precision != "fp32":
+        # bf16.enabled and fp16.enabled would cast norms too; autocast keeps parameters and norms in fp32
+        settings["torch_autocast"] = {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision]}
     return _merge(settings, spec.shard.deepspeed, "shard.deepspeed")
 
 
@@ -53,7 +53,10 @@ def zero_section(spec: Spec, strategy: Strategy, manifest: Manifest) -> dict[str
     if not strategy.startswith("zero"):
         return None
     section = _zero_section(spec, strategy, manifest)
-    extra = {k: v for k, v in spec.shard.deepspeed.get("zero_optimization", {}).items() if k != "stage"}
+    extra = spec.shard.deepspeed.get("zero_optimization", {})
+    if not isinstance(extra, dict):
+        raise UserError(f"shard.deepspeed.zero_optimization: {extra!r} contradicts the plan; write a section of keys")
+    extra = {k: v for k, v in extra.items() if k != "stage"}
     return _merge(section, extra, "shard.deepspeed.zero_optimization")
 
 
@@ -91,30 +94,67 @@ def _zero_section(spec: Spec, strategy: Strategy, manifest: Manifest) -> dict[st
 
 
 def _merge(settings: dict[str, Any], extra: dict[str, Any], where: str) -> dict[str, Any]:
+    """The settings with those of `extra` that may be tuned, or that say what is planned anyway."""
     merged = dict(settings)
     for key, value in extra.items():
-        if isinstance(value, dict) and isinstance(merged.get(key, {}), dict):
-            merged[key] = _merge(merged.get(key, {}), value, f"{where}.{key}")
-        elif key in merged and merged[key] != value and key not in TUNABLE:
-            raise UserError(
-                f"{where}.{key}: {value!r} contradicts the plan, which needs {merged[key]!r}; "
-                "set it through train.* or shard.strategy, or remove it"
-            )
-        else:
+        planned = settings.get(key)
+        if isinstance(value, dict) and (planned is None or isinstance(planned, dict)) and key in SECTIONS:
+            merged[key] = _merge(planned or {}, value, f"{where}.{key}")
+        elif key in TUNABLE_IN.get(where.rpartition(".")[2], ()):
             merged[key] = value
+        elif key not in settings or planned != value:
+            raise UserError(f"{where}.{key}: {_refusal(key, value, planned, where)}")
     return merged
 
 
-# Sizes that trade memory for speed and change no result.
-TUNABLE = {
-    "reduce_bucket_size",
-    "allgather_bucket_size",
-    "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "sub_group_size",
-    "contiguous_gradients",
-    "steps_per_print",
-    "round_robin_gradients",
+def _refusal(key: str, value: Any, planned: Any, where: str) -> str:
+    tunable = TUNABLE_IN.get(where.rpartition(".")[2], ())
+    if planned is not None:
+        way = f"set it through {SET_BY.get(key, 'train.* or shard.strategy')}, or remove it"
+        return f"{value!r} contradicts the plan, which needs {planned!r}; {way}"
+    if key in SET_BY:
+        return f"this is decided elsewhere; set it through {SET_BY[key]}, and remove it here"
+    where_else = [
+        f"shard.deepspeed.{p}.{key}".replace(".deepspeed.deepspeed", ".deepspeed")
+        for p in TUNABLE_IN
+        if key in TUNABLE_IN[p]
+    ]
+    hint = f"Did you mean {where_else[0]}?" if where_else else did_you_mean(key, (*tunable, *SECTIONS))
+    return f"no key that may be tuned here. {hint}"
+
+
+# Trade memory or messages for speed, and change no result; by the section that holds them.
+TUNABLE_IN: dict[str, tuple[str, ...]] = {
+    "deepspeed": ("steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown"),
+    "zero_optimization": (
+        "reduce_bucket_size",
+        "allgather_bucket_size",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "sub_group_size",
+        "contiguous_gradients",
+        "round_robin_gradients",
+    ),
+}
+SECTIONS = ("zero_optimization", "torch_autocast")
+SET_BY = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.lr, train.head_lr, train.layer_decay and train.weight_decay",
+    "scheduler": "train.schedule and train.warmup",
+    "bf16": "train.precision: bf16",
+    "fp16": "train.precision: fp16",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "stage": "shard.strategy",
+    "offload_optimizer": "shard.offload",
+    "offload_param": "shard.offload",
+    "wandb": "track.wandb",
+    "tensorboard": "track.tensorboard",
+    "elasticity": "resume, which takes any number of processes",
 }

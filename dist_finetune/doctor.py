@@ -12,8 +12,9 @@ from dist_finetune.doctor_local import Finding, local_findings
 from dist_finetune.doctor_ranks import rank_findings, shared_folder_finding
 from dist_finetune.engine import open_accelerator
 from dist_finetune.errors import DistFinetuneError
-from dist_finetune.plan import Plan, local_topology, make_plan
+from dist_finetune.plan import Plan, make_plan
 from dist_finetune.spec import LaunchSpec, Spec
+from dist_finetune.topology import local_topology
 from dist_finetune.world import World, gather_objects, join_world, together
 
 JOIN_TIMEOUT_S = 60.0
@@ -25,23 +26,50 @@ def examine(spec: Spec | None, say: Callable[[str], None]) -> int:
     launch = (spec.launch if spec else LaunchSpec()).model_copy(
         update={"join_timeout": JOIN_TIMEOUT_S, "timeout": COLLECTIVE_TIMEOUT_S}
     )
+    findings: list[Finding] = []
     try:
         with join_world(launch) as world:
-            findings = _examine_together(spec, world)
+            _examine_together(spec, world, findings)
+            speaks = world.is_first
     except DistFinetuneError as error:
-        say(_line(Finding("fail", "ranks", str(error))))
-        return 1
-    if world.is_first:
-        for finding in findings:
-            say(_line(finding))
+        findings, speaks = _alone(spec, error), True
+    except RuntimeError as error:  # what torch says of a collective that did not come back
+        findings.append(_hang(error, launch, findings))
+        speaks = True
+    if speaks:
+        # One write, so that lines of several ranks on one terminal don't mix.
         counts = {state: sum(f.state == state for f in findings) for state in ("fail", "warn")}
-        say(f"{counts['fail']} to mend, {counts['warn']} to know about, {len(findings)} looked at")
+        total = f"{counts['fail']} to mend, {counts['warn']} to know about, {len(findings)} looked at"
+        say("\n".join([*map(_line, findings), total]))
     return int(any(finding.state == "fail" for finding in findings))
 
 
-def _examine_together(spec: Spec | None, world: World) -> list[Finding]:
-    """The findings of all ranks. Collective, the same list on every rank."""
-    findings = rank_findings(world)
+def _alone(spec: Spec | None, error: DistFinetuneError) -> list[Finding]:
+    """What one machine shows where ranks did not come together; its first rank looks, the others only say why."""
+    is_first_here = (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
+    local = local_findings(spec, None, 1) if is_first_here else []
+    told = any(finding.state == "fail" and finding.text in str(error) for finding in local)
+    return local if told else [*local, Finding("fail", "ranks", str(error))]
+
+
+def _hang(error: RuntimeError, launch: LaunchSpec, findings: list[Finding]) -> Finding:
+    """Says on which rank the questions ended, and after which one."""
+    rank, after = os.environ.get("RANK", "0"), findings[-1].about if findings else "the start"
+    text = f"rank {rank} on {socket.gethostname()} could not go on after {after!r}: {_first_line(error)}"
+    todo = (
+        f"a rank that says nothing here hangs or has ended (collectives wait {launch.timeout:.0f} s): look at its "
+        "output, `nvidia-smi` and network, or leave its machine out (sbatch --exclude)"
+    )
+    return Finding("fail", "ranks", text, todo)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _examine_together(spec: Spec | None, world: World, findings: list[Finding]) -> None:
+    """Adds the findings of all ranks, the same on every rank, each as soon as it is there. Collective."""
+    findings.extend(rank_findings(world))  # one by one: what came before a hang is kept
     plan, problem = _plan(spec, world)
     findings += [problem] if problem else []
     local = local_findings(spec, plan, world.local_world_size)
@@ -50,7 +78,6 @@ def _examine_together(spec: Spec | None, world: World) -> list[Finding]:
     findings.append(shared_folder_finding(world, "run folder", output, must_share=True))
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     findings.append(shared_folder_finding(world, "hub cache", cache, must_share=False))
-    return findings
 
 
 def _plan(spec: Spec | None, world: World) -> tuple[Plan | None, Finding | None]:
@@ -63,8 +90,9 @@ def _plan(spec: Spec | None, world: World) -> tuple[Plan | None, Finding | None]
         together(lambda: open_accelerator(plan, plan.phases[0], world))
     except DistFinetuneError as error:
         return None, Finding("fail", "config", str(error), "`dist-finetune plan` shows what this config would do")
-    engines = "Accelerate" if plan.strategy == "ddp" else "Accelerate and DeepSpeed"
-    text = f"{plan.strategy}, {plan.precision}; {engines} see {world.world_size} process(es) too"
+    engines = "Accelerate and DeepSpeed see" if plan.strategy.startswith("zero") else "Accelerate sees"
+    processes = "one process" if world.world_size == 1 else f"{world.world_size} processes"
+    text = f"{plan.strategy}, {plan.precision}; {engines} {processes} too"
     if plan.misfit:
         return plan, Finding("fail", "config", plan.misfit)
     return plan, Finding("ok", "config", text)

@@ -4,6 +4,8 @@ import importlib.metadata
 import os
 import shutil
 import socket
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -14,8 +16,11 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from dist_finetune.cache.entries import cache_root
+from dist_finetune.launchers.environment import granted_gpus
 from dist_finetune.launchers.local import count_gpus
 from dist_finetune.plan import Plan
+from dist_finetune.preflight import GPUS_MISSING_TODO, gpus_missing
 from dist_finetune.spec import Spec
 
 HUB_TIMEOUT_S = 3.0
@@ -55,7 +60,8 @@ def version_findings() -> list[Finding]:
             findings.append(
                 Finding("fail", "versions", f"{there}, needs {requirement}", f'pip install "{requirement}"')
             )
-    findings += _pairs()
+    installed = [r.name for r in needed if _version(r.name)]
+    findings += [*_pairs(), *wishes_unmet([name for name in installed if name != "torchvision"])]
     shown = ", ".join(f"{p} {_version(p)}" for p in ("torch", "accelerate", "deepspeed", "transformers", "timm"))
     return findings or [Finding("ok", "versions", shown)]
 
@@ -89,6 +95,23 @@ def _pairs() -> list[Finding]:
     return findings
 
 
+def wishes_unmet(packages: Sequence[str]) -> list[Finding]:
+    """What the installed `packages` say that they need of others, and what is there instead."""
+    findings = []
+    for package in packages:
+        for text in importlib.metadata.requires(package) or ():
+            requirement = Requirement(text)
+            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            version = _version(requirement.name)
+            if version is None or not requirement.specifier.contains(version, prereleases=True):
+                there = f"{requirement.name} is {version}" if version else f"{requirement.name} is not installed"
+                text = f"{package} {_version(package)} needs {requirement.name}{requirement.specifier}, but {there}"
+                todo = f'pip install "{requirement.name}{requirement.specifier}" {package}, both in one command'
+                findings.append(Finding("warn", "versions", text, todo))
+    return findings
+
+
 def _torchrun_parser():  # type: ignore[no-untyped-def]  # torch leaves it untyped
     from torch.distributed.run import get_args_parser
 
@@ -105,6 +128,9 @@ def _version(package: str) -> str | None:
 def gpu_findings(local_world_size: int) -> list[Finding]:
     """GPUs that torch can use, against those that the machine has and those that this job's processes need."""
     present, visible = count_gpus(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    missing = gpus_missing(os.environ, visible)
+    if missing:
+        return [Finding("fail", "GPUs", missing, GPUS_MISSING_TODO)]
     if present and not visible:
         build = torch.version.cuda or "the CPU"
         return [
@@ -121,6 +147,10 @@ def gpu_findings(local_world_size: int) -> list[Finding]:
     memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(visible)) / 2**30
     text = f"{visible} x {' and '.join(names)}, {memory:.0f} GiB"
     findings = [Finding("ok", "GPUs", text)]
+    granted, said_by = granted_gpus(os.environ)
+    if visible < min(granted, local_world_size):
+        todo = "make the others visible (CUDA_VISIBLE_DEVICES), or start fewer processes"
+        findings = [Finding("fail", "GPUs", f"{text}, but {granted} were given to the job ({said_by})", todo)]
     if local_world_size < visible:
         findings = [
             Finding(
@@ -144,9 +174,8 @@ def gpu_findings(local_world_size: int) -> list[Finding]:
 
 
 def disk_finding(spec: Spec | None, plan: Plan | None) -> Finding:
-    """Free space for the run folder against what the plan will write."""
-    place = Path(spec.output if spec else ".").absolute()
-    place = next(p for p in (place, *place.parents) if p.exists())
+    """Free space for the run folder against what the plan will write, the stored activations included."""
+    place = _existing(Path(spec.output if spec else "."))
     free = shutil.disk_usage(place).free
     if spec is None or plan is None:
         return Finding("ok", "disk", f"{_gib(free)} free at {place}")
@@ -157,7 +186,36 @@ def disk_finding(spec: Spec | None, plan: Plan | None) -> Finding:
     text = f"{_gib(free)} free at {place}, {_gib(needed)} needed ({spec.checkpoint.keep} checkpoints and the model)"
     if free < needed:
         return Finding("fail", "disk", text, "choose another output=..., a smaller checkpoint.keep, or free some space")
+    if not any(decision.use for decision in plan.cache):
+        return Finding("ok", "disk", text)
+    root, cache = _existing(cache_root(spec)), most_cache_bytes(plan)
+    text += f"; the cache takes at most {_gib(cache)} at {root}"
+    shares_disk = root.stat().st_dev == place.stat().st_dev
+    if shutil.disk_usage(root).free < cache + (needed if shares_disk else 0):
+        todo = (
+            "without room the run goes on without a cache; cache.folder=... puts it on another disk, cache=off ends it"
+        )
+        return Finding("warn", "disk", text, todo)
     return Finding("ok", "disk", text)
+
+
+def most_cache_bytes(plan: Plan) -> int:
+    """Bytes that stored activations can take: of all tokens at the model's width, never more than `cache.quota`.
+
+    What a CNN stores is known only once it is cut, so that for images it is the quota.
+    """
+    cache, manifest = plan.spec.cache, plan.widest.manifest
+    if plan.data.max_length is None:
+        return cache.quota
+    # Most vectors of a transformer, those of its norms and biases, are as wide as what goes from block to block.
+    width = Counter(record.shape[0] for record in manifest.records if len(record.shape) == 1).most_common(1)[0][0]
+    tokens = sum(plan.data.num_rows.values()) * plan.data.max_length
+    return min(cache.quota, tokens * width * (2 if cache.dtype == "bf16" else 4))
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def _gib(count: float) -> str:

@@ -1,16 +1,19 @@
 """What `doctor` can only see with all ranks at once. Every function here is collective."""
 
+import contextlib
 import os
 import socket
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from dist_finetune.doctor_local import Finding
-from dist_finetune.preflight import interface_to
+from dist_finetune.preflight import interface_to, versions_that_differ
+from dist_finetune.run_folder import installed_versions
 from dist_finetune.world import World, gather_objects
 
 SENT_BYTES = 16 * 2**20
@@ -21,21 +24,38 @@ SLOW_SHARE = 0.5
 VISIBLE_AFTER_S = 5.0  # network file systems show another machine's new file with a delay
 
 
-def rank_findings(world: World) -> list[Finding]:
-    """World, rendezvous, all-reduce and clocks, the same on every rank."""
+def rank_findings(world: World) -> Iterator[Finding]:
+    """World, rendezvous, all-reduce and clocks, the same on every rank; each as soon as it is known."""
     places = gather_objects((socket.gethostname(), str(world.device)))
     hosts = sorted({host for host, _ in places})
     nodes = f"{world.num_nodes} machine{'s' if world.num_nodes > 1 else ''}"
     kind = "one process" if world.launcher == "none" else f"{world.world_size} ranks by {world.launcher}"
-    findings = [Finding("ok", "ranks", f"{kind} on {nodes} ({', '.join(hosts)}), {world.device.type}")]
+    yield Finding("ok", "ranks", f"{kind} on {nodes} ({', '.join(hosts)}), {world.device.type}")
     if world.world_size == 1:
-        return findings
+        return
     interfaces = gather_objects(interface_to(os.environ["MASTER_ADDR"]))
     meeting = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     chosen = {name: os.environ[name] for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if name in os.environ}
     told = "".join(f", {name}={value}" for name, value in chosen.items())
-    findings.append(Finding("ok", "rendezvous", f"at {meeting} over {', '.join(sorted(set(interfaces)))}{told}"))
-    return [*findings, all_reduce_finding(world), *slow_rank_findings(world), clock_finding()]
+    yield Finding("ok", "rendezvous", f"at {meeting} over {', '.join(sorted(set(interfaces)))}{told}")
+    yield from agreement_findings(world)
+    yield all_reduce_finding(world)
+    yield from slow_rank_findings(world)
+    yield clock_finding()
+
+
+def agreement_findings(world: World) -> list[Finding]:
+    """What should be the same on all ranks and is not: versions, kinds of GPU."""
+    findings = []
+    differ = versions_that_differ(gather_objects(installed_versions()))
+    if differ:
+        findings.append(Finding("fail", "versions", differ, "give every machine the same environment"))
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
+    names = sorted(set(filter(None, gather_objects(name))))
+    if len(names) > 1:
+        todo = "the slowest sets the pace, the smallest the batch; ask for one kind (launch.slurm.gpu_type)"
+        findings.append(Finding("warn", "GPUs", f"ranks have different ones: {', '.join(names)}", todo))
+    return findings
 
 
 def all_reduce_finding(world: World) -> Finding:
@@ -122,7 +142,8 @@ def shared_folder_finding(world: World, about: str, folder: Path, must_share: bo
     missing = 0 if problems else _unseen(folder, token[0], world.world_size)
     unseen = max(gather_objects(missing))
     dist.barrier()
-    mine.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # what could not be written can't be removed
+        mine.unlink(missing_ok=True)
     dist.barrier()
     for path in made:
         try:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from dist_finetune.data.batches import Ids
 from dist_finetune.data.loading import Rows
@@ -65,9 +64,8 @@ def predict_share(
     batches."""
     model.module.eval()
     batches = rows.evaluation_batches(batch_size, world)
-    loader = DataLoader(rows.dataset, batch_sampler=[b.ids.tolist() for b in batches], collate_fn=rows.collate)
     logits, labels, numbers = [], [], []
-    for micro, batch in zip(batches, loader, strict=True):
+    for micro, batch in zip(batches, rows.batches_of([b.ids.tolist() for b in batches]), strict=True):
         between()
         out = model.predict(to_device(batch["inputs"], world.device)).cpu()
         if not micro.is_filler:

@@ -46,7 +46,9 @@ def finish_run(
     stop.settle()
     verified = save_model(job, stage, final)
     total_s = time.perf_counter() - started_s
-    memory = planned_and_actual(job.plan.memory[job.plan.strategy], stage.engine, job.world)
+    plan = job.plan
+    planned = plan.costs.by_phase[stage.phase.index][plan.strategy]
+    memory = planned_and_actual(planned, plan.memory[plan.strategy].peak, stage.engine, job.world)
     summary = summarise(job, progress, kept_step, final, verified, saver.pauses_s, memory, total_s)
     write_page(job.folder, job.world, job.report)
     job.report.finish(summary.to_json(), exit_code=0)

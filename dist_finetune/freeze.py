@@ -115,6 +115,8 @@ def compile_freeze(spec: FreezeSpec, structure: Structure, model: nn.Module) -> 
         left = [name for name in tensors if not decided.get(name, ("", False))[1]]
         if not left:
             problems.append(_nothing_left(structure))
+    if spec.mode == "train" and not problems and not decided:
+        problems.append("mode: train has no effect: nothing is frozen. Leave it out")
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"freeze: {count}\n" + "\n".join(f"  {problem}" for problem in problems))

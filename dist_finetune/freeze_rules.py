@@ -43,16 +43,18 @@ def compile_rules(spec: FreezeSpec, structure: Structure, model: nn.Module) -> t
         add(f'layers "{spec.layers}"', _layers(spec.layers, structure))
     for pattern in spec.patterns:
         taken = match_names(pattern, names)
-        add(f"pattern {pattern}", taken or _no_match("pattern", pattern, names))
+        add(f"pattern {pattern}", taken or no_match("pattern", pattern, names))
     claimed = {name for rule in freezing for name in rule.names}
     excepting = []
     for pattern in spec.except_:
         taken = match_names(pattern, names)
         if not taken:
-            problems.append(_no_match("except", pattern, names))
+            problems.append(no_match("except", pattern, names))
         elif not claimed.intersection(taken) and not problems:
             problems.append(f"except {pattern!r} has no effect: no other rule freezes what it names. Leave it out")
         excepting.append(Rule(f"except {pattern}", tuple(taken)))
+    if claimed and not problems and claimed.issubset(name for rule in excepting for name in rule.names):
+        problems.append("except undoes all that the other rules freeze: nothing is frozen. Leave rules or except out")
     return freezing, excepting, problems
 
 
@@ -64,23 +66,26 @@ def match_names(pattern: str, names: Iterable[str]) -> list[str]:
     takes all tensors below it.
     """
     segments = pattern.split(".")
-    return [name for name in names if _matches(segments, name.split("."), at_start=True)]
+    return [name for name in names if _matches(segments, name.split("."))]
 
 
-def _matches(pattern: Sequence[str], name: Sequence[str], at_start: bool = False) -> bool:
-    if not pattern:
-        return True  # the pattern names a module above this tensor
-    head, rest = pattern[0], pattern[1:]
-    if head == "**":
-        return any(_matches(rest, name[i:]) for i in range(len(name) + 1))
-    if not name:
-        return False
-    if head == "*" and (at_start or not rest):
-        return any(_matches(rest, name[i:]) for i in range(1, len(name) + 1))
-    return fnmatchcase(name[0], head) and _matches(rest, name[1:])
+def _matches(pattern: Sequence[str], name: Sequence[str]) -> bool:
+    """Follows all ways to read a pattern at once, each a number of segments of the name that it has taken."""
+    taken = {0}
+    for i, segment in enumerate(pattern):
+        if segment == "**":
+            taken = set(range(min(taken), len(name) + 1))
+        elif segment == "*" and i in (0, len(pattern) - 1):
+            taken = set(range(min(taken) + 1, len(name) + 1))
+        else:
+            taken = {at + 1 for at in taken if at < len(name) and fnmatchcase(name[at], segment)}
+        if not taken:
+            return False
+    return True  # the pattern names this tensor or a module above it
 
 
-def _no_match(key: str, pattern: str, names: Sequence[str]) -> str:
+def no_match(key: str, pattern: str, names: Sequence[str]) -> str:
+    """What is wrong with a pattern that takes nothing, and what was probably meant."""
     message = f"{key} {pattern!r} matches no parameter."
     for anchored in (f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*"):
         if match_names(anchored, names):
@@ -108,7 +113,7 @@ def _ready_word(word: str, structure: Structure, model: nn.Module) -> list[str] 
             )
         return body
     if word == "bias-only":
-        return [name for name in body if not name.endswith("bias")]
+        return _bias_only(body, model)
     if word == "norms":
         norms = norm_parameters(model)
         taken = [name for name in body if name in norms]
@@ -116,6 +121,18 @@ def _ready_word(word: str, structure: Structure, model: nn.Module) -> list[str] 
     if match := re.fullmatch(r"all-but-last\s+(\d+)", word):
         return _all_but_last(int(match[1]), structure)
     return f"{word!r} is no ready word. {did_you_mean(word, FREEZE_WORDS)}"
+
+
+def _bias_only(body: Sequence[str], model: nn.Module) -> list[str] | str:
+    taken = [name for name in body if not name.endswith("bias")]
+    if len(taken) < len(body):
+        return taken
+    norms = {name.split(".")[-2] for name in body if name in norm_parameters(model) and name.count(".")}
+    way_out = "`freeze: backbone` does the same and says so"
+    if norms:
+        patterns = ", ".join(f'"*.{name}.*"' for name in sorted(norms)[:4])
+        way_out += f"; `freeze: {{rule: backbone, except: [{patterns}]}}` trains the norms besides"
+    return f"rule 'bias-only': this model has no bias outside its head, so that the head alone would train: {way_out}"
 
 
 def norm_parameters(model: nn.Module) -> set[str]:

@@ -51,6 +51,8 @@ class Stage:
     """sha256 of the frozen tensors that are held in bf16 (`freeze.dtype`), as rounded; the export has the source's."""
     cache_s: float
     """Seconds that filling (or finding) the cache of the frozen prefix took."""
+    is_uncached: bool = False
+    """True where `cache: auto` measured that a cache would not pay: a resumed run does not measure again."""
 
     @cached_property
     def statistics(self) -> list[torch.Tensor]:
@@ -94,6 +96,8 @@ class Progress:
     train_s: float = 0.0
     cache_s: float = 0.0
     attempts: int = 1
+    uncached: list[int] = field(default_factory=list)
+    """Phases in which `cache: auto` found that a cache would not pay."""
     phases_done: list[dict[str, Any]] = field(default_factory=list)
     """Name and last step of each finished phase."""
 

@@ -1,7 +1,7 @@
 """What a freeze costs or forgets although it is valid, with numbers: notes for the plan, never errors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -11,6 +11,7 @@ from dist_finetune.freeze import Manifest
 from dist_finetune.freeze_rules import ranges
 from dist_finetune.models.structure import Part, Structure
 
+GRADIENT_AND_ADAM_BYTES = 12  # of a parameter, fp32: a gradient and two moments, over all ranks that share them
 Code = Literal[
     "first-trainable", "trains-below-frozen", "frozen-head", "batchnorm-trains", "checkpointing-without-effect"
 ]
@@ -62,33 +63,55 @@ def _first_trainable(manifest: Manifest, structure: Structure, first: Part) -> L
     saved = sum(part.num_params for part in prefix)
     share = 100 * saved / structure.num_params
     text = f"first trainable part: {first.label}; backward ends there"
+    if first.kind == "other":
+        text = "parts that could not be named train (other): backward is taken to run through the whole model"
     if prefix:
         text += f", {saved:,} of {structure.num_params:,} parameters ({share:.0f} %) lie below it"
     return LintNote("first-trainable", text)
 
 
-def _trains_below_frozen(manifest: Manifest, structure: Structure) -> LintNote | None:
-    """The classic "1,2,3" leaves block 0, and mostly the embeddings, to train underneath."""
-    trainable = set(manifest.trainable)
-    trunk = [part for part in structure.parts if part.kind in ("embeddings", "block") and part.parameters]
+def filled_up(manifest: Manifest, structure: Structure) -> Manifest:
+    """The manifest with all frozen that trains below frozen blocks; the same where nothing does."""
+    under = {name for part in _under_frozen(manifest, structure)[1] for name in part.parameters}
+    records = (replace(record, frozen=record.frozen or record.name in under) for record in manifest.records)
+    return replace(manifest, records=tuple(records))
+
+
+def _trunk(structure: Structure) -> list[Part]:
+    return [part for part in structure.parts if part.kind in ("embeddings", "block") and part.parameters]
+
+
+def _under_frozen(manifest: Manifest, structure: Structure) -> tuple[int, list[Part]]:
+    """The place in the trunk of its last part that is all frozen, and the parts below with something that trains."""
+    trainable, trunk = set(manifest.trainable), _trunk(structure)
     is_frozen = [not trainable.intersection(part.parameters) for part in trunk]
     frozen_at = [i for i, (part, frozen) in enumerate(zip(trunk, is_frozen, strict=True)) if frozen and part.num_params]
-    if not frozen_at:
-        return None
-    top = frozen_at[-1]
-    under = [part for part, frozen in zip(trunk[:top], is_frozen, strict=False) if not frozen]
+    top = frozen_at[-1] if frozen_at else 0
+    return top, [part for part, frozen in zip(trunk[:top], is_frozen, strict=False) if not frozen]
+
+
+def _trains_below_frozen(manifest: Manifest, structure: Structure) -> LintNote | None:
+    """The classic "1,2,3" leaves block 0, and mostly the embeddings, to train underneath."""
+    top, under = _under_frozen(manifest, structure)
     if not under:
         return None
+    trainable, trunk = set(manifest.trainable), _trunk(structure)
     numel = {record.name: record.num_elements for record in manifest.records}
     more = sum(numel[name] for part in under for name in part.parameters if name in trainable)
     frozen_above = [part for part in trunk[trunk.index(under[0]) : top + 1] if part not in under]
-    next_trainable = next((p.label for p, frozen in zip(trunk[top:], is_frozen[top:], strict=True) if not frozen), None)
+    next_trainable = next((part.label for part in trunk[top:] if trainable.intersection(part.parameters)), None)
     blocks_left = structure.depth - sum(part.kind == "block" for part in trunk[: top + 1])
+    other = structure.of_kind("other")
+    if other and trainable.intersection(other.parameters):
+        gain = ", but where backward could end then is not known: parts that could not be named train (other)"
+    else:
+        end = next_trainable or "the neck or head"
+        gain = f" and lets backward end at {end}, after {blocks_left} of {structure.depth} blocks"
     verb, them = ("trains", "it") if len(under) == 1 else ("train", "them")
     text = (
         f"{_names(under)} {verb} below frozen {_names(frozen_above)}: backward still runs down to {under[0].label}. "
-        f"Freezing {them} too ({_spec_for(trunk[: top + 1])}) takes {more:,} more parameters out of training and lets "
-        f"backward end at {next_trainable or 'the neck or head'}, after {blocks_left} of {structure.depth} blocks"
+        f"Freezing {them} too ({_spec_for(trunk[: top + 1])}) takes {more:,} more parameters out of training, "
+        f"{more * GRADIENT_AND_ADAM_BYTES / 2**20:,.1f} MiB of gradients and optimizer state{gain}"
     )
     return LintNote("trains-below-frozen", text)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_finetune.models.card import Provenance
+from dist_finetune.models.on_meta import on_meta
 from dist_finetune.world import World, gather_objects, patience, together
 
 Loaded = tuple[nn.Module, Provenance]
@@ -160,7 +161,7 @@ def _map(build: Callable[[], nn.Module], offers: list[_Written]) -> Loaded:
     tensors: list[Tensor] = []
     for index, (dtype, shape, requires_grad) in enumerate(written.tensors):
         tensors.append(_mapped(written.folder / str(index), dtype, shape).requires_grad_(requires_grad))
-    with torch.device("meta"):
+    with on_meta():
         model = build().train()
     if set(_named(model)) != set(written.names):
         raise NotShared("the model has other tensors when it is built without weights")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_finetune.errors import TrainingError
+from dist_finetune.errors import TrainingError, UserError
 from dist_finetune.freeze import Manifest
+from dist_finetune.freeze_rules import match_names, no_match
 from dist_finetune.models.structure import Part, Structure
 from dist_finetune.spec import TrainSpec
 
@@ -33,18 +34,43 @@ def plan_groups(
 
     Biases and one-dimensional parameters (norm scales) have no weight decay, as in the BERT paper. `head_lr` is the
     rate of the head; `layer_decay` (ULMFiT's discriminative rates, Howard & Ruder 2018) counts depth on the full model,
-    so that freezing more changes no rate.
+    so that freezing more changes no rate; `pattern_lr` wins over both.
+
+    Raises UserError as `pattern_rates` does.
     """
+    stated = pattern_rates(train.pattern_lr, [r.name for r in manifest.records if r.kind == "parameter"])
     shapes = {r.name: r for r in manifest.records if r.kind == "parameter" and not r.frozen}
     groups: dict[tuple[float, float, int], list[str]] = {}
     for name in manifest.trainable:
         part = structure.part_of(name)
         weight_decay = train.weight_decay if len(shapes[name].shape) > 1 else 0.0
-        key = (lr_of_part(part, structure.depth, train, lr), weight_decay, since_phase[name])
+        rate = stated.get(name) or lr_of_part(part, structure.depth, train, lr)
+        key = (rate, weight_decay, since_phase[name])
         groups.setdefault(key, []).append(name)
     return tuple(
         GroupPlan(*key, tuple(names), sum(shapes[n].num_elements for n in names)) for key, names in groups.items()
     )
+
+
+def pattern_rates(patterns: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """The peak learning rate of each of a model's parameters that a pattern takes, frozen or not.
+
+    Raises UserError that lists the patterns that take nothing, with the nearest names, and those that take the same.
+    """
+    taken_by: dict[str, str] = {}
+    problems = []
+    for pattern in patterns:
+        taken = match_names(pattern, names)
+        if not taken:
+            problems.append(no_match("train.pattern_lr", pattern, names))
+        if both := next((name for name in taken if name in taken_by), None):
+            problems.append(
+                f"train.pattern_lr: {taken_by[both]!r} and {pattern!r} both take {both}; let only one of them take it"
+            )
+        taken_by |= dict.fromkeys(taken, pattern)
+    if problems:
+        raise UserError("\n".join(problems))
+    return {name: patterns[pattern] for name, pattern in taken_by.items()}
 
 
 def lr_of_part(part: Part, depth: int, train: TrainSpec, lr: float) -> float:

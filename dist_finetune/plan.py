@@ -6,11 +6,12 @@ A plan is a frozen value. No later stage re-derives or corrects what it says; `r
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-import torch
-
+from dist_finetune.batch_plan import BatchPlan, plan_batches, rows_per_rank, steps_per_epoch
 from dist_finetune.cache.decide import CacheDecision, decide_cache
 from dist_finetune.combinations import possible_strategies, refuse_impossible
 from dist_finetune.data.tables import Tables, read_tables
@@ -19,32 +20,22 @@ from dist_finetune.errors import UserError
 from dist_finetune.freeze import Manifest
 from dist_finetune.fsdp_layout import FrozenLayout, fsdp_section
 from dist_finetune.memory.activations import fake_inputs
-from dist_finetune.memory.choice import USABLE_SHARE, Limits, RankMemory, choose_strategy, rows_in_caches
+from dist_finetune.memory.choice import USABLE_SHARE, Limits, RankMemory, choose_strategy
 from dist_finetune.memory.costs import Costs, PassRequest, plan_costs
+from dist_finetune.memory.demand import Way
 from dist_finetune.models.card import ModelCard
+from dist_finetune.models.on_meta import on_meta
+from dist_finetune.models.order import structure_for
 from dist_finetune.models.sources import build_model, describe_model, for_task
-from dist_finetune.models.structure import Structure, structure_of
+from dist_finetune.models.structure import Part, Structure
+from dist_finetune.one_row import refuse_one_value_a_channel
 from dist_finetune.phases import PhasePlan, plan_phases
-from dist_finetune.spec import Spec, Strategy
+from dist_finetune.spec import FreezeSpec, Spec, Strategy
 from dist_finetune.tasks.names import TaskName, require_metric
+from dist_finetune.topology import Topology, local_topology
 
 MAX_TOKENS = 512  # default limit of max_length: what BERT's positions allow
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "zero2", "zero3", "fsdp")
-
-
-@dataclass(frozen=True)
-class Topology:
-    """Where a run will live. `device_memory_bytes` is None where no limit is known."""
-
-    num_nodes: int = 1
-    processes_per_node: int = 1
-    device: Literal["cpu", "cuda"] = "cpu"
-    device_memory_bytes: int | None = None
-    supports_bf16: bool = True
-
-    @property
-    def world_size(self) -> int:
-        return self.num_nodes * self.processes_per_node
 
 
 @dataclass(frozen=True)
@@ -59,18 +50,6 @@ class DataPlan:
     image_size: tuple[int, int] | None
     num_workers: int
     task: TaskName = "classification"
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """Batch arithmetic: global_batch_size = micro_batch_size x gradient_accumulation_steps x world_size."""
-
-    global_batch_size: int
-    micro_batch_size: int
-    gradient_accumulation_steps: int
-    eval_batch_size: int
-    steps_per_epoch: int
-    last_batch_size: int
 
 
 @dataclass(frozen=True)
@@ -110,6 +89,9 @@ class Plan:
             ways.append("a smaller train.micro_batch_size")
         if least != self.strategy:
             ways.append(f"shard.strategy: {least} ({self.memory[least].needed / 2**30:.1f} GiB)")
+        offloaded = self.costs.offloaded
+        if offloaded and offloaded.fits and not self.memory[least].fits:
+            ways.append(f"shard: {{strategy: zero3, offload: parameters}} ({offloaded.needed / 2**30:.1f} GiB)")
         if self.topology.world_size > 1 and self.strategy == least:
             ways.append("more GPUs")
         return (
@@ -120,8 +102,19 @@ class Plan:
         )
 
     @property
+    def precision_reason(self) -> str:
+        """Why the precision is what it is."""
+        if self.spec.train.precision != "auto":
+            return "asked for"
+        if self.topology.device == "cuda":
+            return "auto: this GPU has it" if self.precision == "bf16" else "auto: this GPU has no bf16"
+        if self.topology.has_amx:
+            return "auto: a CPU rounds nothing unasked; it has AMX, so train.precision=bf16 would be much faster"
+        return "auto: this CPU has no AMX, which bf16 would gain from"
+
+    @property
     def widest(self) -> PhasePlan:
-        """The phase that trains most: it decides what memory the run needs."""
+        """The phase that trains most."""
         return max(self.phases, key=lambda phase: phase.manifest.num_trainable)
 
     @property
@@ -136,11 +129,22 @@ class Plan:
         out["memory"] = self.memory
         out["costs"] = {f.name: getattr(self.costs, f.name) for f in dataclasses.fields(Costs) if f.name != "memory"}
         out["total_steps"] = self.total_steps
+        out["precision_reason"], out["misfit"] = self.precision_reason, self.misfit
         out["parts"] = [
-            {"part": p.label, "modules": p.modules, "num_params": p.num_params} for p in self.structure.parts
+            {"part": p.label, "modules": p.modules, "num_params": p.num_params, "phases": self._phases_of(p)}
+            for p in self.structure.parts
         ]
         result: dict[str, Any] = json.loads(json.dumps(out, default=_jsonable))
         return result
+
+    def _phases_of(self, part: Part) -> dict[str, dict[str, Any]]:
+        """By phase, how many elements of a part are frozen, and the rates at which the others train."""
+        found = {}
+        for phase in self.phases:
+            sizes = {r.name: r.num_elements for r in phase.manifest.records if r.frozen and r.kind == "parameter"}
+            rates = {group.lr for group in phase.groups if not set(group.names).isdisjoint(part.parameters)}
+            found[phase.name] = {"num_frozen": sum(sizes.get(n, 0) for n in part.parameters), "lr": sorted(rates)}
+        return found
 
     def digest(self) -> str:
         """Short hash of every decision; ranks compare it before they start."""
@@ -165,16 +169,27 @@ def make_plan(spec: Spec, topology: Topology | None = None) -> Plan:
     return plan_run(spec, topology or local_topology(), tables, measure=True)
 
 
-def local_topology(processes: int = 1, num_nodes: int = 1) -> Topology:
-    """The topology of this machine's device with so many processes on a node."""
-    if not torch.cuda.is_available():
-        return Topology(num_nodes, processes, "cpu")
-    memory = torch.cuda.get_device_properties(0).total_memory
-    return Topology(num_nodes, processes, "cuda", memory, torch.cuda.is_bf16_supported())
+def for_planning(spec: Spec) -> Spec:
+    """The spec whose plan tells what a run of `spec` needs. Extracting features is planned as training the head alone,
+    which holds the model just so.
+
+    Raises UserError where measuring comes first.
+    """
+    if spec.strategy == "auto":
+        raise UserError(
+            "strategy: auto is decided by measuring: run `dist-finetune advise` on this config, then plan the "
+            "advice.yaml that it writes"
+        )
+    if spec.task == "features":
+        from dist_finetune.features.job import refuse_idle_settings
+
+        refuse_idle_settings(spec)
+        return spec.model_copy(update={"freeze": FreezeSpec(rule="backbone")})
+    return spec
 
 
 def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | None = None) -> Plan:
-    """As `make_plan`, for data that is already read. `measure` says whether to run the model on fake tensors, for
+    """As `make_plan`, for data that is already read. `measure` says whether to run the model without data, for
     activations and a forecast; left out, only where they decide something: on a device whose memory is known."""
     compare = bool(measure)
     measure = topology.device_memory_bytes is not None if measure is None else measure
@@ -182,21 +197,20 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
     data = _plan_data(spec, topology, tables, card)
     card = for_task(card, data.task)
     require_metric(spec.checkpoint.best, data.task)
-    with torch.device("meta"):
+    with on_meta():
         model = build_model(card, spec.model, data.classes)
-    structure = structure_of(model)
-    rows_per_rank = _rows_per_rank(spec, topology)
-    phases = plan_phases(spec, structure, model, _steps_per_epoch(spec, data), card.default_lr)
+    structure = structure_for(model, card)
+    share = rows_per_rank(spec, topology)
+    phases = plan_phases(spec, structure, model, steps_per_epoch(spec, data.num_rows["train"]), card.default_lr)
     precision = _plan_precision(spec, topology)
     refuse_impossible(spec, topology, precision, structure, phases)
     strategies = possible_strategies(spec, STRATEGIES, precision, phases)
-    limits = Limits(topology.world_size, topology.device, topology.device_memory_bytes, rows_per_rank)
-    widest = max(phases, key=lambda phase: phase.manifest.num_trainable)
+    limits = Limits(topology.world_size, topology.device, topology.device_memory_bytes, share)
     costs = plan_costs(
         model,
         structure,
-        widest,
-        {s: _layouts(spec, s, structure, widest.manifest, topology.world_size) for s in strategies},
+        phases,
+        [way for strategy in strategies for way in _ways(spec, strategy, structure, topology.world_size)],
         limits,
         spec.train.micro_batch_size,
         precision != "fp32",
@@ -209,9 +223,21 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
         if measure
         else None,
         spec.checkpoint.full,
+        _offload(spec, topology, strategies),
     )
     strategy, reason = choose_strategy(spec.shard.strategy, costs.memory, limits)
-    batches = _plan_batches(spec, topology, data, rows_per_rank, costs.memory[strategy].micro_batch_size)
+    batches = plan_batches(spec, topology, data, share, costs.memory[strategy].micro_batch_size)
+    if spec.task != "features":  # which trains nothing, in batches of its own
+        refuse_one_value_a_channel(
+            model,
+            fake_inputs(card, data.max_length, data.image_size),
+            phases,
+            data.num_rows["train"],
+            batches.global_batch_size,
+            batches.micro_batch_size,
+            topology.world_size,
+            topology.device,
+        )
     deepspeed = tuple(deepspeed_settings(spec, strategy, batches, precision, phase.manifest) for phase in phases)
     cache = tuple(
         decide_cache(spec, phase.manifest, structure, phase.num_steps / batches.steps_per_epoch) for phase in phases
@@ -221,15 +247,25 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
     )
 
 
-def _layouts(
-    spec: Spec, strategy: Strategy, structure: Structure, manifest: Manifest, world_size: int
-) -> list[dict[str, Any] | None]:
-    """What a strategy's memory depends on besides sizes; for fsdp one for each way that frozen weights may lie."""
+def _ways(spec: Spec, strategy: Strategy, structure: Structure, world_size: int) -> list[Way]:
+    """How a strategy may lay out a phase; under fsdp, frozen weights may lie in two ways."""
     if strategy != "fsdp":
-        return [zero_section(spec, strategy, manifest)]
-    ways: tuple[FrozenLayout, ...] = ("replicate", "shard") if spec.shard.frozen == "auto" else (spec.shard.frozen,)
+        return [Way(strategy, lambda manifest: zero_section(spec, strategy, manifest))]
+    frozen: tuple[FrozenLayout, ...] = ("replicate", "shard") if spec.shard.frozen == "auto" else (spec.shard.frozen,)
     offload = spec.shard.offload == "parameters"
-    return [fsdp_section(structure, manifest, world_size, way, offload) for way in ways]
+
+    def section(manifest: Manifest, way: FrozenLayout) -> dict[str, Any]:
+        return fsdp_section(structure, manifest, world_size, way, offload)
+
+    return [Way(strategy, partial(section, way=way), way) for way in frozen]
+
+
+def _offload(spec: Spec, topology: Topology, strategies: Sequence[Strategy]) -> Way | None:
+    """zero3 with all that can be in host memory, where that is a choice which the run does not make."""
+    if spec.shard.offload != "none" or topology.device == "cpu" or "zero3" not in strategies:
+        return None
+    shard = spec.shard.model_copy(update={"offload": "parameters"})
+    return Way("zero3", partial(zero_section, spec.model_copy(update={"shard": shard}), "zero3"))
 
 
 def _plan_data(spec: Spec, topology: Topology, tables: Tables, card: ModelCard) -> DataPlan:
@@ -260,42 +296,6 @@ def _plan_data(spec: Spec, topology: Topology, tables: Tables, card: ModelCard) 
         default_workers if spec.data.num_workers is None else spec.data.num_workers,
         tables.task,
     )
-
-
-def _rows_per_rank(spec: Spec, topology: Topology) -> int:
-    """Rows of a global batch that each rank takes, with the micro-batch checked against them where the user set it."""
-    train, world_size = spec.train, topology.world_size
-    if train.global_batch_size % world_size:
-        below = train.global_batch_size // world_size * world_size
-        works = " or ".join(str(n) for n in (below, below + world_size) if n)
-        raise UserError(
-            f"train.global_batch_size: {train.global_batch_size} can't be divided over {world_size} processes; "
-            f"use {works}"
-        )
-    share = train.global_batch_size // world_size
-    if train.micro_batch_size != "auto" and share % train.micro_batch_size:
-        works = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
-        raise UserError(
-            f"train.micro_batch_size: {train.micro_batch_size} does not divide the {share} samples that each of "
-            f"{world_size} processes takes a step (global_batch_size {train.global_batch_size}); use one of {works}"
-        )
-    return share
-
-
-def _steps_per_epoch(spec: Spec, data: DataPlan) -> int:
-    return -(-data.num_rows["train"] // spec.train.global_batch_size)
-
-
-def _plan_batches(spec: Spec, topology: Topology, data: DataPlan, rows_per_rank: int, micro: int) -> BatchPlan:
-    train, steps_per_epoch = spec.train, _steps_per_epoch(spec, data)
-    if train.eval_batch_size != "auto":
-        eval_batch = train.eval_batch_size
-    elif topology.device == "cpu" and data.image_size:
-        eval_batch = rows_in_caches(data.image_size)
-    else:
-        eval_batch = max(64, 2 * micro)
-    last = data.num_rows["train"] - (steps_per_epoch - 1) * train.global_batch_size
-    return BatchPlan(train.global_batch_size, micro, rows_per_rank // micro, eval_batch, steps_per_epoch, last)
 
 
 def _plan_precision(spec: Spec, topology: Topology) -> Literal["fp32", "bf16", "fp16"]:

@@ -1,6 +1,7 @@
 """A plan as people read it: what freezes, what trains at which rate, batch arithmetic, memory a rank."""
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -37,7 +38,7 @@ def plan_lines(plan: Plan) -> str:
             *(_phase_line(plan, phase) for phase in plan.phases),
             f"batch     {batches.global_batch_size} = {total_batch}; the last of an epoch {batches.last_batch_size}",
             f"steps     {plan.total_steps} ({batches.steps_per_epoch} an epoch)",
-            f"precision {plan.precision} on {plan.topology.device}",
+            f"precision {plan.precision} on {plan.topology.device}, {plan.precision_reason}",
             f"strategy  {plan.strategy}: {plan.strategy_reason}",
             *_frozen_line(plan),
             *(_cache_line(plan, phase) for phase in plan.phases),
@@ -69,9 +70,13 @@ def _frozen_line(plan: Plan) -> list[str]:
 def plan_notes(plan: Plan) -> list[str]:
     """What is allowed, but the user may not have meant; each once."""
     many = len(plan.phases) > 1
-    notes = [(f"{p.name}: " if many else "") + note.message for p in plan.phases for note in p.notes]
+    notes = [*plan.structure.notes]
+    notes += [(f"{p.name}: " if many else "") + note.message for p in plan.phases for note in p.notes]
     if plan.spec.task == "features":
-        notes = ["task: features: no layer is trained; each row is run through the model once, then heads are fitted"]
+        notes = [
+            *plan.structure.notes,
+            "task: features: no layer is trained; each row is run through the model once, then heads are fitted",
+        ]
     replicated = replication_note(plan)
     return list(dict.fromkeys([*notes, replicated] if replicated else notes))
 
@@ -90,7 +95,10 @@ def _phase_line(plan: Plan, phase: PhasePlan) -> str:
 
 
 def _freeze_table(plan: Plan, phase: PhasePlan) -> Table:
-    table = Table(title=f"{phase.name}: freeze {phase.manifest.digest[:12]}", title_justify="left")
+    taken = [f"{rule.rule}: {rule.num_tensors} tensors, {rule.num_params:,}" for rule in phase.manifest.rules]
+    rules = f"parameters by rule: {'; '.join(taken)}" if taken else ""
+    title = f"{phase.name}: freeze {phase.manifest.digest[:12]}"
+    table = Table(title=title, title_justify="left", caption=escape(rules) or None, caption_justify="left")
     for column in ("part", "modules"):
         table.add_column(column, overflow="fold")
     for column in ("parameters", "frozen", "lr"):
@@ -118,6 +126,11 @@ def _memory_table(plan: Plan) -> Table:
     for strategy in plan.memory:
         table.add_column(strategy, justify="right", style="bold" if strategy == plan.strategy else None)
     found = list(plan.memory.values())
+    if plan.costs.offloaded:
+        table.add_column("zero3, offload", justify="right")
+        found.append(plan.costs.offloaded)
+    if any(m.phase for m in found):
+        table.add_row("phase that needs most", *(m.phase or "" for m in found))
     for name in ("trainable_weights", "frozen_weights", "gradients", "optimizer", "masters", "buffers"):
         table.add_row(name.replace("_", " "), *(_mib(getattr(m.state, name)) for m in found))
     table.add_row("state", *(_mib(m.total) for m in found), end_section=True, style="bold")
@@ -153,14 +166,30 @@ def cost_lines(plan: Plan) -> list[str]:
             f"forecast   {gain.speedup:.2f}x the unfrozen speed, counted in operations; {gain.speedup_cached:.2f}x "
             f"with the frozen prefix cached, which is {gain.frozen_prefix_share:.0%} of the forward pass"
         )
+    if better := costs.forecast_filled_up:
+        lines.append(
+            f"forecast   {better.speedup:.2f}x, and {better.speedup_cached:.2f}x cached, if what trains below frozen "
+            "blocks were frozen too"
+        )
     lines += _cached_line(plan)
+    moved = plan.memory[plan.strategy].state.offloaded
+    if moved:
+        ranks = plan.topology.processes_per_node
+        lines.append(f"offload    {_mib(moved)} MiB of each rank in host memory, {_mib(moved * ranks)} on a node")
+    if costs.offloaded:
+        moved = costs.offloaded.state.offloaded
+        lines.append(
+            f"offload    shard: {{strategy: zero3, offload: parameters}} moves {_mib(moved)} MiB of each rank's state "
+            "to host memory, and takes more time"
+        )
     rows = plan.batches.micro_batch_size
     if costs.activations and costs.other_activations:
         ours, other = costs.activations.at(rows), costs.other_activations.at(rows)
         way = "without" if plan.spec.train.gradient_checkpointing else "with"
         if abs(ours - other) > ours // 100:
+            saved = f" ({_mib(costs.saved.at(rows))} saved for the backward pass)" if costs.saved else ""
             lines.append(
-                f"activations {_mib(ours)} MiB for {rows} rows, about {_mib(other)} {way} train.gradient_checkpointing"
+                f"activations {_mib(ours)} MiB for {rows} rows{saved}, {_mib(other)} {way} train.gradient_checkpointing"
             )
     if costs.activations_unknown:
         lines.append(f"activations unknown: the model can't be run without data ({costs.activations_unknown})")

@@ -9,15 +9,16 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dist_finetune.errors import UserError
-from dist_finetune.launchers.environment import LaunchedAs
+from dist_finetune.launchers.environment import LaunchedAs, granted_gpus
 
-ALL_REDUCE_TIMEOUT_S = 60
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 
 
@@ -84,21 +85,96 @@ def _absent_ranks(found: LaunchedAs, store: dist.Store, keys: list[str], timeout
     )
 
 
-def check_all_reduce(rank: int, world_size: int, device: torch.device) -> None:
-    """Sums one number over all ranks on `device`. Raises UserError where it does not come back, or comes back wrong."""
+def gpus_missing(env: Mapping[str, str], visible: int) -> str | None:
+    """What is wrong where the scheduler gave this machine GPUs and torch sees none: it would train on the CPU instead.
+
+    Where it sees some, but too few for the ranks, choosing a device says so.
+    """
+    granted, said_by = granted_gpus(env)
+    if not granted or visible:
+        return None
+    return (
+        f"the job was given {granted} GPU{'s' if granted > 1 else ''} on {socket.gethostname()} ({said_by}), but torch "
+        f"{torch.__version__} (built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU'}) sees none"
+    )
+
+
+GPUS_MISSING_TODO = (
+    "look at `nvidia-smi` there, and install a torch build for its driver (in a container, start it with GPUs); to "
+    "train on the CPU on purpose submit with --gpus-per-node 0, or set CUDA_VISIBLE_DEVICES= (empty)"
+)
+
+
+def open_group(found: LaunchedAs, store: dist.Store, backend: str, timeout_s: float) -> None:
+    """Connects all ranks of the job. Until `wait_longer`, collectives wait for `timeout_s` too.
+
+    Raises UserError where a connection is not there by then, mostly for a wrong network interface.
+    """
+    try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=found.rank,
+            world_size=found.world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"rank {found.rank} on {socket.gethostname()} could not connect to the other ranks: "
+            f"{str(error).splitlines()[0]}; {interfaces()}. {INTERFACE_TODO}"
+        ) from None
+
+
+def wait_longer(timeout_s: float) -> None:
+    """Collectives of the job wait for `timeout_s` from here on."""
+    if hasattr(dist, "set_timeout"):
+        dist.set_timeout(timedelta(seconds=timeout_s))
+    else:  # before torch 2.14
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))
+
+
+INTERFACE_TODO = (
+    "Set GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME for GPUs, to the interface that connects the machines (`ip -brief "
+    "address` lists them; for SLURM in launch.slurm.env), or unset them; launch.join_timeout waits longer"
+)
+
+
+def interfaces() -> str:
+    """The network interfaces that ranks use, as chosen by variables, or else by the way to rank 0."""
+    chosen = [f"{n}={os.environ[n]}" for n in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if os.environ.get(n)]
+    default = f"the network interface to rank 0 is {interface_to(os.environ.get('MASTER_ADDR', '127.0.0.1'))}"
+    return f"{' and '.join(chosen)} in use, and {default}" if chosen else default
+
+
+def check_all_reduce(rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
+    """Sums one number over all ranks on `device`. Raises UserError where it does not come back in time, or wrong.
+
+    The group itself should wait no longer: gloo's can't be closed before.
+    """
     number = torch.tensor([rank + 1.0], device=device)
-    via = f"the network interface to rank 0 is {interface_to(os.environ.get('MASTER_ADDR', '127.0.0.1'))}"
+    via = interfaces()
     try:
         work = dist.all_reduce(number, async_op=True)
-        work.wait(timedelta(seconds=ALL_REDUCE_TIMEOUT_S))
+        work.wait(timedelta(seconds=timeout_s))
         total = number.item()
     except RuntimeError as error:
         raise UserError(
             f"rank {rank} on {socket.gethostname()}: the first all-reduce failed: {str(error).splitlines()[0]}; {via}. "
-            "Set NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME to the interface that connects the machines"
+            f"{INTERFACE_TODO}"
         ) from None
     if total != world_size * (world_size + 1) / 2:
         raise UserError(f"rank {rank}: an all-reduce of 1 to {world_size} gave {total}; {via}")
+
+
+def versions_that_differ(by_rank: Sequence[Mapping[str, Any]]) -> str | None:
+    """Names what ranks have in different versions, of their `installed_versions`; None where all have the same."""
+    flat = [{"python": versions["python"], **versions["packages"]} for versions in by_rank]
+    found = []
+    for name, first in flat[0].items():
+        other = next((rank for rank, versions in enumerate(flat) if versions.get(name) != first), None)
+        if other is not None:
+            found.append(f"{name} is {first or 'missing'} on rank 0 and {flat[other].get(name)} on rank {other}")
+    return "; ".join(found) or None
 
 
 def interface_to(host: str) -> str:

@@ -31,10 +31,11 @@ from dist_finetune.models.hub import TIMM_HUB
 from dist_finetune.models.saved import saved_folder
 from dist_finetune.models.sources import build_model, describe_model, for_task, load_tokenizer
 from dist_finetune.models.transformers_config import source_folder
-from dist_finetune.plan import local_topology, plan_run
+from dist_finetune.plan import plan_run
 from dist_finetune.spec import DataSpec, Spec
 from dist_finetune.spec_file import load_spec
 from dist_finetune.tasks.names import outputs_in_words
+from dist_finetune.topology import local_topology
 
 NETWORK_EVENTS = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

@@ -4,7 +4,7 @@ A price list is YAML, an entry for each GPU, `A100-80GB: {per_hour: 2.10, tflops
 one for an hour in any currency, its peak at the run's precision, and the share of the peak that training reaches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -74,7 +74,17 @@ def run_costs(plan: Plan, prices: Mapping[str, GpuPrice]) -> list[Cost]:
     return sorted(costs, key=lambda cost: cost.price)
 
 
-def cost_lines(plan: Plan, prices: Mapping[str, GpuPrice]) -> list[str]:
-    """A line for each GPU of the list, cheapest first. Start-up, saving and waiting for data come on top."""
-    num_gpus = plan.topology.world_size
-    return [f"price     {c.gpu} x {num_gpus}: {c.hours:.3g} h, {c.price:.3g}" for c in run_costs(plan, prices)]
+def cost_lines(plans: Sequence[Plan], prices: Mapping[str, GpuPrice]) -> list[str]:
+    """A line for each GPU of the list, cheapest first, for all runs. Start-up, saving and waiting come on top."""
+    each = [{cost.gpu: cost for cost in run_costs(plan, prices)} for plan in plans]
+    totals = [Cost(gpu, sum(run[gpu].hours for run in each), sum(run[gpu].price for run in each)) for gpu in prices]
+    runs = "" if len(plans) == 1 else f" for all {len(plans)} runs"
+    num_gpus = plans[0].topology.world_size
+    return [
+        f"price     {cost.gpu} x {num_gpus}: {_time(cost.hours)}, {cost.price:,.2f}{runs}"
+        for cost in sorted(totals, key=lambda cost: cost.price)
+    ]
+
+
+def _time(hours: float) -> str:
+    return f"{hours:,.2f} h" if hours >= 1 else f"{max(0.1, hours * 60):.1f} min"

@@ -11,7 +11,7 @@ from dist_finetune.finish import finish_run
 from dist_finetune.job import Job
 from dist_finetune.launchers.brought import refuse_launcher_settings
 from dist_finetune.models.sources import load_tokenizer
-from dist_finetune.plan import Plan, local_topology, plan_run
+from dist_finetune.plan import Plan, plan_run
 from dist_finetune.plan_text import plan_lines, plan_notes
 from dist_finetune.proof import verify_frozen
 from dist_finetune.report import Reporter
@@ -21,10 +21,11 @@ from dist_finetune.spec import Spec
 from dist_finetune.stage import load_base, next_stage, open_stage
 from dist_finetune.stopping import Stopped, StopWish, stop_if_told
 from dist_finetune.summary import Summary, load_summary, write_end, write_freeze, write_start
+from dist_finetune.topology import local_topology
 from dist_finetune.training import fit
 from dist_finetune.trial import tried_micro_batch
 from dist_finetune.watchdog import Watchdog
-from dist_finetune.world import World, join_world, on_first, require_same, together
+from dist_finetune.world import World, join_world, on_first, require_same, require_same_versions, together
 
 
 def train(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary:
@@ -82,6 +83,7 @@ def _train(spec: Spec, fresh: bool, world: World, report: Reporter, signals: Sto
 
 def _prepare(spec: Spec, world: World, report: Reporter, signals: StopSignals) -> Job:
     """Everything that needs no weights: data, plan, agreement of ranks and launcher with it, encoded rows."""
+    require_same_versions()
     report.say(f"reading {', '.join(spec.data.train)}")
     tables = together(lambda: read_tables(spec.data, spec.train.seed, task=spec.label_task))
     topology = local_topology(world.local_world_size, world.num_nodes)

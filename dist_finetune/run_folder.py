@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import socket
 import sys
 import time
@@ -21,8 +22,9 @@ LAYOUT_KEYS = (
     "train.micro_batch_size", "train.eval_batch_size", "train.log_every",
 )  # fmt: skip
 ALLOWED_KEYS = (
-    "train.epochs", "train.max_steps", "train.lr", "train.head_lr", "train.schedule", "train.warmup",
-    "train.weight_decay", "train.max_grad_norm", "train.early_stop", "train.max_skipped", "train.precision",
+    "train.epochs", "train.max_steps", "train.lr", "train.head_lr", "train.pattern_lr", "train.schedule",
+    "train.warmup", "train.weight_decay", "train.max_grad_norm", "train.early_stop", "train.max_skipped",
+    "train.precision",
 )  # fmt: skip
 STOP_FILE = "STOP"  # a user makes it to end a run with a checkpoint
 METRICS = "metrics.jsonl"
@@ -48,6 +50,11 @@ PACKAGES = (
 def folder_of(spec: Spec) -> Path:
     """<output>/<name>."""
     return Path(spec.output) / spec.name
+
+
+def resume_command(folder: Path) -> str:
+    """What a user may paste into a shell to go on with a run, whatever its name holds."""
+    return f"dist-finetune resume {shlex.quote(str(folder))}"
 
 
 def check_run_folder(spec: Spec, fresh: bool, changes: Changes) -> Literal["new", "unfinished", "finished"]:
@@ -139,14 +146,18 @@ def environment() -> dict[str, Any]:
         "HF_HUB_OFFLINE",
     )
     return {
-        "python": sys.version.split()[0],
-        "packages": {name: _version(name) for name in PACKAGES},
+        **installed_versions(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "num_cpus": os.cpu_count(),
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes)},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def installed_versions() -> dict[str, Any]:
+    """Versions of Python and, under "packages", of this package and those that decide on its numbers."""
+    return {"python": sys.version.split()[0], "packages": {name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str | None:

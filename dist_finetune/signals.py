@@ -11,11 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECOND_SIGNAL_AFTER_S = 2.0  # launchers and terminals deliver one wish twice, at once; a later signal means: now
 PR_SET_PDEATHSIG = 1
+LOOK_EVERY_S = 0.5
 
 
 def hold_back_signals() -> None:
@@ -24,10 +26,40 @@ def hold_back_signals() -> None:
 
 
 def follow_launcher(env: Mapping[str, str] = os.environ) -> None:
-    """Asks Linux for a SIGTERM when torchrun (or accelerate launch) is gone, however it went: killed with -9, it leaves
-    its workers behind, and they would go on and hold their GPUs."""
-    if env.get("TORCHELASTIC_RUN_ID") and sys.platform.startswith("linux"):
+    """Has a worker get a SIGTERM when its launcher is gone, however it went. torchrun (or accelerate launch) that is
+    killed with -9 leaves its workers behind, `deepspeed` after any signal: they would go on and hold their GPUs."""
+    if not sys.platform.startswith("linux"):
+        return
+    is_deepspeed = bool(env.get("CROSS_SIZE") and env.get("LOCAL_SIZE"))
+    if env.get("TORCHELASTIC_RUN_ID") or is_deepspeed:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    runner = _parent_of(os.getppid()) if is_deepspeed else None
+    # `deepspeed` starts a process that starts the workers, which does not notice that the first one is gone.
+    if runner and "deepspeed" in _command_of(runner):
+        threading.Thread(target=_follow, args=(os.getppid(), runner), name="launcher", daemon=True).start()
+
+
+def _follow(launcher: int, runner: int) -> None:
+    """Sends this process a SIGTERM once `runner` is no longer the parent of `launcher`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # they are for the main thread, which may hold them back
+    while _parent_of(launcher) == runner:
+        time.sleep(LOOK_EVERY_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _parent_of(process: int) -> int | None:
+    try:
+        # the name, in brackets, may hold anything
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def _command_of(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
 
 
 class StopSignals:

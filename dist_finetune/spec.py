@@ -7,7 +7,7 @@ Reading a spec imports neither torch nor transformers, so that `--help` and a co
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator
 
 from dist_finetune.durations import parse_bytes, parse_interval
 from dist_finetune.errors import did_you_mean
@@ -42,6 +42,12 @@ def _fraction_or_sources(value: Any) -> Any:
     return tuple(sources)
 
 
+def _whole_steps(warmup: float) -> float:
+    if warmup >= 1 and warmup != int(warmup):
+        raise ValueError(f"{warmup} is neither a fraction below 1 nor a whole number of steps")
+    return warmup
+
+
 def _cache_section(value: Any) -> Any:
     """`cache: off` is short for `cache: {mode: off}`; YAML 1.1 writers turn on and off into true and false."""
     if isinstance(value, bool):
@@ -54,6 +60,7 @@ def _freeze_section(value: Any) -> Any:
     return {"rule": value} if isinstance(value, str) else _section(value)
 
 
+Warmup = Annotated[float, Field(ge=0), AfterValidator(_whole_steps)]
 Layers = Annotated[str | None, BeforeValidator(_as_layers, json_schema_input_type=int | str | list[int | str] | None)]
 FractionOrSources = Annotated[
     float | tuple[str, ...], BeforeValidator(_fraction_or_sources, json_schema_input_type=float | str | list[str])
@@ -149,8 +156,10 @@ class TrainSpec(Section):
     """Learning rate of the new head; left out: the same as `lr`."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Multiplies `lr` once more for each block further from the head, counted on the full depth."""
+    pattern_lr: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Learning rate of the parameters that a glob takes, such as {"*.LayerNorm.*": 1e-4}; wins over the others."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: Annotated[float, Field(ge=0)] = 0.06
+    warmup: Warmup = 0.06
     """Below 1: fraction of all steps; from 1: a number of steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW weight decay of matrices and kernels; biases and norms have none."""
@@ -170,13 +179,6 @@ class TrainSpec(Section):
     log_every: PositiveInt = 10
     """Optimizer steps between two lines of metrics."""
 
-    @field_validator("warmup")
-    @classmethod
-    def _whole_steps(cls, warmup: float) -> float:
-        if warmup >= 1 and warmup != int(warmup):
-            raise ValueError(f"{warmup} is neither a fraction below 1 nor a whole number of steps")
-        return warmup
-
 
 class PhaseSpec(Section):
     """One part of a run with a freeze of its own; what is left out comes from `train`."""
@@ -190,7 +192,7 @@ class PhaseSpec(Section):
     lr: Annotated[float, Field(gt=0)] | None = None
     head_lr: Annotated[float, Field(gt=0)] | None = None
     schedule: Literal["linear", "cosine", "constant"] | None = None
-    warmup: Annotated[float, Field(ge=0)] | None = None
+    warmup: Warmup | None = None
 
 
 class ShardSpec(Section):

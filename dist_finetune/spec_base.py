@@ -7,7 +7,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from dist_finetune.durations import parse_duration_s
 
 
-def _as_list(value: Any) -> Any:
+def as_list(value: Any) -> Any:
+    """One item, for a key that takes a list, is a list of one."""
     return [value] if isinstance(value, (str, int, float)) else value
 
 
@@ -16,7 +17,7 @@ def empty_section(value: Any) -> Any:
     return {} if value is None else value
 
 
-StringList = Annotated[tuple[str, ...], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+StringList = Annotated[tuple[str, ...], BeforeValidator(as_list, json_schema_input_type=str | list[str])]
 DurationS = Annotated[float, BeforeValidator(parse_duration_s, json_schema_input_type=float | str)]
 PositiveInt = Annotated[int, Field(gt=0)]
 AutoOrPositive = Literal["auto"] | PositiveInt

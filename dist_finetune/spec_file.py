@@ -134,8 +134,11 @@ def _describe_all(raw: Any, problems: ValidationError, where: str, changed: Sequ
     by_path: dict[tuple[str, ...], list[Any]] = {}
     for problem in problems.errors():
         loc = [str(part) for part in problem["loc"]]
-        path = tuple(loc) if problem["type"] == "missing" else tuple(_existing_path(raw, loc))
-        by_path.setdefault(path, []).append(problem)
+        missing = [loc.pop()] if problem["type"] == "missing" else []
+        by_path.setdefault((*_existing_path(raw, loc), *missing), []).append(problem)
+    for path in list(by_path):  # phases are a word or a list: that a list is no word is not what is wrong inside it
+        if any(len(other) > len(path) > 0 and other[: len(path)] == path for other in by_path):
+            del by_path[path]
     return [_describe(raw, path, found, where, changed) for path, found in by_path.items()]
 
 
@@ -179,7 +182,7 @@ def _expected(problem: Any, path: Sequence[str]) -> str:
 
 
 def _existing_path(raw: Any, loc: Sequence[str]) -> list[str]:
-    """`loc` without the union branches that pydantic adds after the last key that the file really has."""
+    """`loc` without the union branches that pydantic adds between and after the keys that the file really has."""
     path: list[str] = []
     node = raw
     for part in loc:
@@ -188,7 +191,7 @@ def _existing_path(raw: Any, loc: Sequence[str]) -> list[str]:
         elif isinstance(node, list) and part.isdigit() and int(part) < len(node):
             node = node[int(part)]
         else:
-            break
+            continue
         path.append(part)
     return path or list(loc)
 
@@ -226,6 +229,14 @@ def _section(path: Sequence[str]) -> type[BaseModel] | None:
     """The pydantic model that checks the section at `path`."""
     if not path:
         return Spec
+    if path[-1].isdigit():
+        return _member(_field(path[:-1]))
     field = _field(path)
     options = [field.annotation, *get_args(field.annotation)] if field else []
     return next((t for t in options if isinstance(t, type) and issubclass(t, BaseModel)), None)
+
+
+def _member(field: FieldInfo | None) -> type[BaseModel] | None:
+    """The pydantic model that checks each member of a list."""
+    lists = [get_args(option) for option in get_args(field.annotation)] if field else []
+    return next((t for types in lists for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)

@@ -33,6 +33,8 @@ OWN_OPTIONS = {
     *SHORT_OPTIONS.values(),
     *("gpus-per-node", "no-requeue", "ntasks-per-node", "open-mode", "requeue", "signal"),
 }
+# With these sbatch does something else than to submit this script and answer with the job's id.
+NO_SUBMISSION = ("h", "help", "parsable", "test-only", "usage", "V", "version", "W", "wait", "wrap")
 
 
 def slurm_time(value: Any) -> Any:
@@ -87,6 +89,10 @@ def _extra_options(lines: tuple[str, ...]) -> tuple[str, ...]:
         if not found:
             raise ValueError(f'{line!r} is no sbatch option; write each as "--name=value"')
         name = found[1] or SHORT_OPTIONS.get(found[2], found[2])
+        if name in NO_SUBMISSION:
+            raise ValueError(f"{line!r}: with it sbatch would not just submit the job; leave it out")
+        if found[1]:  # sbatch takes an option's beginning for the whole
+            name = next((own for own in sorted(OWN_OPTIONS) if own.startswith(name)), name)
         if name in OWN_OPTIONS:
             raise ValueError(f"{line!r}: --{name} is written by submit itself; use its flag or its key of launch.slurm")
         _one_line(line)

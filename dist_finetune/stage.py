@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dist_finetune.cache.build import cache_splits
-from dist_finetune.cache.cut import NoCut
+from dist_finetune.cache.cut import NoCut, NotWorth
 from dist_finetune.checkpoint.read import Checkpoint, load_moments, load_weights
 from dist_finetune.checkpoint.saver import Saver
 from dist_finetune.data.loading import Rows
@@ -59,8 +59,15 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
     splits = job.splits
     dropped: dict[str, torch.Tensor] = {}
     started_s = time.perf_counter()
-    if job.plan.cache[phase.index].use:
-        phase, splits, dropped = _cached(job, phase, model, digests)
+    done = checkpoint.state["progress"] if checkpoint else {}
+    is_uncached = phase.index in done.get("uncached", ())
+    if job.plan.cache[phase.index].use and not is_uncached:
+        is_begun = bool(done) and done["step"] > done["phase_first_step"]
+        try:
+            phase, splits, dropped = _cached(job, phase, model, digests, is_begun)
+        except NoCut as reason:
+            job.report.say(f"note: no cache: {reason}")
+            is_uncached = isinstance(reason, NotWorth)
     cache_s = time.perf_counter() - started_s
     rounded = _rounded(job, phase, model)
     optimizer = build_optimizer(model, phase.groups)
@@ -69,7 +76,7 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
     if checkpoint:
         load_moments(engine, checkpoint, checkpoint.state["adam_steps"])
         engine.loss_scale.restore(checkpoint.state["loss_scale"])
-    return Stage(phase, engine, splits, digests, dropped, rounded, cache_s)
+    return Stage(phase, engine, splits, digests, dropped, rounded, cache_s, is_uncached)
 
 
 def _rounded(job: Job, phase: PhasePlan, model: nn.Module) -> dict[str, str]:
@@ -82,17 +89,14 @@ def _rounded(job: Job, phase: PhasePlan, model: nn.Module) -> dict[str, str]:
 
 
 def _cached(
-    job: Job, phase: PhasePlan, model: nn.Module, digests: dict[str, str]
+    job: Job, phase: PhasePlan, model: nn.Module, digests: dict[str, str], is_begun: bool
 ) -> tuple[PhasePlan, dict[str, Rows], dict[str, torch.Tensor]]:
-    """Turns `model` into the part above its frozen prefix, fed from stored activations; says why where that fails."""
+    """Turns `model` into the part above its frozen prefix, fed from stored activations. Raises NoCut, with the model as
+    it was, where that fails or does not pay."""
     full = job.plan.spec.checkpoint.full
     trained = {name for p in job.plan.phases[: phase.index] for name in p.manifest.trainable}
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    try:
-        splits, cut = cache_splits(job, phase, model, digests)
-    except NoCut as reason:
-        job.report.say(f"note: no cache: {reason}")
-        return phase, job.splits, {}
+    splits, cut = cache_splits(job, phase, model, digests, is_begun)
     kept = [name for name in cut.dropped if full or name in trained]
     dropped = {name: tensors[name].detach().to("cpu", copy=True) for name in kept}
     return replace(phase, manifest=phase.manifest.without(cut.dropped)), splits, dropped

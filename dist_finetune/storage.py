@@ -1,7 +1,8 @@
 """Keeps a run folder in storage that outlives the machine: `python -m dist_finetune.storage URL FOLDER -- COMMAND ...`.
 
-What the storage holds comes first, then the command runs, and what it writes goes out while it runs and once more at
-its end. URL is any that fsspec reads, such as s3://bucket/runs/name; its own package (s3fs, gcsfs) must be there.
+The storage is first tried with a small object. What it holds comes next, then the command runs, and what it writes goes
+out while it runs and once more at its end. URL is any that fsspec reads, such as s3://bucket/runs/name; its own package
+(s3fs, gcsfs) must be there.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -53,18 +55,46 @@ def push(url: str, folder: Path, sent: dict[str, tuple[int, int]]) -> int:
     count = 0
     with _worded(url):
         for name in sorted((n for n in present if _wanted(n, complete)), key=_manifest_last):
-            with contextlib.suppress(FileNotFoundError):  # a checkpoint that was rotated away meanwhile
-                stat = present[name].stat()
-                state = (stat.st_size, stat.st_mtime_ns)
-                if sent.get(name) != state:
-                    files.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
-                    files.put_file(str(present[name]), f"{root}/{name}")
-                    sent[name] = state
-                    count += 1
+            state = _state(present[name])
+            if state is None or sent.get(name) == state:
+                continue
+            try:
+                files.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+                files.put_file(str(present[name]), f"{root}/{name}")
+            except FileNotFoundError:
+                if present[name].exists():  # so it is the storage that is not there
+                    raise
+                continue
+            sent[name] = state
+            count += 1
         stored = {_checkpoint(name) for name in _remote_sizes(files, root)} - {None}
         for checkpoint in stored - {_checkpoint(name) for name in present}:
             files.rm(f"{root}/{checkpoint}", recursive=True)
     return count
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """Size and time of a file; None for one of a checkpoint that was rotated away meanwhile."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def probe(url: str) -> None:
+    """Writes and removes a small object. Raises UserError where that fails: a run must not find out at its end."""
+    files, root = _open(url)
+    name = f"{root}/.dist-finetune-{uuid.uuid4().hex}"
+    try:
+        files.makedirs(root, exist_ok=True)
+        files.pipe_file(name, b"dist-finetune")
+        files.rm_file(name)
+    except Exception as error:  # each storage has errors of its own
+        raise UserError(
+            f"{url} can't be written: {type(error).__name__}: {error}. Nothing was started, as its result would be "
+            "lost. Check the URL, the login of this machine, and its right to write and delete there"
+        ) from None
 
 
 def _open(url: str) -> tuple[Any, str]:
@@ -106,8 +136,20 @@ def _manifest_last(name: str) -> tuple[bool, str]:
     return name.endswith(f"/{MANIFEST}"), name
 
 
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """Its exit code. Looks up now and then: a signal that comes just before a wait begins, or to another thread, is
+    handled only when the wait ends."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(timeout=1.0)
+
+
 def keep(url: str, folder: Path, command: Sequence[str], push_every_s: float = PUSH_EVERY_S) -> int:
-    """Runs `command` between a pull and a last push, with pushes meanwhile; returns its exit code. Signals go to it."""
+    """Runs `command` between a pull and a last push, with pushes meanwhile; returns its exit code. Signals go to it.
+
+    Raises UserError, before `command` starts, where the storage can't be written.
+    """
+    probe(url)
     pull(url, folder)
     folder.mkdir(parents=True, exist_ok=True)
     sent: dict[str, tuple[int, int]] = {}
@@ -117,7 +159,7 @@ def keep(url: str, folder: Path, command: Sequence[str], push_every_s: float = P
         while not ended.wait(push_every_s):
             try:
                 push(url, folder, sent)
-            except UserError as error:  # a storage that is away for a while must not end training
+            except Exception as error:  # a storage that is away for a while must end neither training nor this thread
                 print(f"warning: {error}", file=sys.stderr, flush=True)
 
     child = subprocess.Popen(command)
@@ -129,7 +171,7 @@ def keep(url: str, folder: Path, command: Sequence[str], push_every_s: float = P
     follower = threading.Thread(target=follow, daemon=True)
     follower.start()
     try:
-        code = child.wait()
+        code = _wait(child)
     finally:
         ended.set()
         follower.join()

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,33 +15,40 @@ from typing import Any
 
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.errors import PlanError, UserError
-from dist_finetune.launchers.cloud import CloudJob, cloud_commands, render_cloud
+from dist_finetune.launchers.cloud import cloud_commands, render_cloud
+from dist_finetune.launchers.cloud_files import refuse_what_stays_here
+from dist_finetune.launchers.cloud_job import CloudJob
 from dist_finetune.launchers.request import Request
 from dist_finetune.launchers.slurm import SlurmJob, grace_s, render_job
 from dist_finetune.launchers.sweep import sweep_trials
-from dist_finetune.plan import Plan, Topology, plan_run
+from dist_finetune.plan import Plan, for_planning, plan_run
 from dist_finetune.plan_text import plan_lines, plan_notes
 from dist_finetune.price import GpuPrice, cost_lines, read_prices
 from dist_finetune.run_folder import LOGS, check_run_folder, folder_of, start_run_folder, write_text
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec, resolved_yaml
-from dist_finetune.worker import for_planning
+from dist_finetune.topology import Topology
 
 JOB_FILES = {"slurm": "job.sbatch", "skypilot": "skypilot.yaml", "dstack": "dstack.yaml", "kubernetes": "k8s.yaml"}
 SBATCH_TIMEOUT_S = 120
+SQUEUE_TIMEOUT_S = 30
+SUBMISSIONS = "submissions.jsonl"
 
 
 def submit(config: str, overrides: Sequence[str], request: Request, say: Callable[[str], None]) -> list[Plan]:
     """Plans and shows the job, and unless it is a dry run writes and submits it. Returns the plans, one for each run.
 
-    Raises UserError for wrong input and for what sbatch refuses, PlanError where a run does not fit; nothing is written
-    or submitted then.
+    Raises UserError for wrong input, PlanError where a run does not fit; nothing is written then. Raises UserError also
+    for what sbatch refuses; the written job stays, to be looked at.
     """
     specs = _specs(config, overrides, request)
     prices = read_prices(Path(request.price)) if request.price else None
     plans = _plans(specs, request)
     for plan in plans:
         _show_plan(plan, prices, len(plans) > 1, request.fresh, say)
+    if prices and len(plans) > 1:
+        say("\n# all runs of the sweep, one after the other")
+        say("\n".join(cost_lines(plans, prices)))
     folder = folder_of(specs[0]).absolute() if len(specs) == 1 else folder_of(specs[0]).absolute().parent
     text = _text(folder, specs, plans, request)
     path = folder / JOB_FILES[request.to]
@@ -51,6 +59,8 @@ def submit(config: str, overrides: Sequence[str], request: Request, say: Callabl
         return plans
     if request.to == "slurm" and shutil.which("sbatch") is None:
         raise UserError("there is no sbatch here: submit on a login node of the cluster, or look with --dry-run")
+    if request.to == "slurm":
+        _refuse_second_job(folder)
     _write(folder, path, text, specs, request.fresh)
     if request.to == "slurm":
         _submit_slurm(path, folder, len(specs) > 1, say)
@@ -68,7 +78,7 @@ def _show_plan(
     if is_one_of_many:
         say(f"\n# {spec.name}")
     say(plan_lines(plan))
-    for line in [f"note: {note}" for note in plan_notes(plan)] + (cost_lines(plan, prices) if prices else []):
+    for line in [f"note: {note}" for note in plan_notes(plan)] + (cost_lines([plan], prices) if prices else []):
         say(line)
     if plan.misfit:
         raise PlanError(f"{spec.name}: {plan.misfit}")
@@ -108,7 +118,7 @@ def _specs(config: str, overrides: Sequence[str], request: Request) -> list[Spec
 def _plans(specs: Sequence[Spec], request: Request) -> list[Plan]:
     """Runs of a sweep mostly share their data, which is then read once."""
     topology = _topology(specs[0], request)
-    # The model is run on fake tensors where that tells something: what a GPU must hold, or what the run costs.
+    # The model is run without data where that tells something: what a GPU must hold, or what the run costs.
     measure = request.price is not None or (request.to != "slurm" and request.gpus_per_node > 0) or None
     read: dict[str, Tables] = {}
     plans = []
@@ -131,6 +141,7 @@ def _topology(spec: Spec, request: Request) -> Topology:
 def _text(folder: Path, specs: Sequence[Spec], plans: Sequence[Plan], request: Request) -> str:
     if request.to == "slurm":
         return render_job(slurm_job(folder, specs, plans, request, Path.cwd(), sys.executable))
+    refuse_what_stays_here(request.to, specs[0], Path.cwd())
     plan = plans[0]
     job = CloudJob(
         name=specs[0].name,
@@ -150,7 +161,7 @@ def slurm_job(
     folder: Path, specs: Sequence[Spec], plans: Sequence[Plan], request: Request, working_folder: Path, python: str
 ) -> SlurmJob:
     """The job of one run, or of a sweep's runs, in `folder`."""
-    site = specs[0].launch.slurm
+    launch, site = specs[0].launch, specs[0].launch.slurm
     largest = max(plan.costs.checkpoint_bytes for plan in plans)
     return SlurmJob(
         name=specs[0].name if len(specs) == 1 else folder.name,
@@ -165,6 +176,8 @@ def slurm_job(
         configs=tuple((working_folder / folder_of(spec) / "config.yaml") for spec in specs),
         folder=folder,
         working_folder=working_folder,
+        # Where a container must be fetched first, nodes start minutes apart: only who asks for it has a shorter time.
+        join_timeout_s=launch.join_timeout if "join_timeout" in launch.model_fields_set else None,
     )
 
 
@@ -174,6 +187,26 @@ def _show_difference(path: Path, text: str, say: Callable[[str], None]) -> None:
     before = path.read_text(encoding="utf-8").splitlines()
     changes = list(difflib.unified_diff(before, text.splitlines(), "last submission", "this one", lineterm="", n=0))
     say("\n".join(["# differs from the last submission:", *changes[2:]] if changes else ["# as submitted last"]))
+
+
+def _refuse_second_job(folder: Path) -> None:
+    """Two jobs would write one run folder. Asks squeue for the last one; where there is no answer there is none."""
+    file = folder / SUBMISSIONS
+    if not file.exists() or shutil.which("squeue") is None:
+        return
+    job = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])["job"]
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+    try:
+        # Of a job that has gone, squeue says nothing or that it knows no such job.
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"squeue gave no answer for {SQUEUE_TIMEOUT_S} s, and job {job} may still be there") from None
+    states = sorted(set(asked.stdout.split())) if asked.returncode == 0 else []
+    if states:
+        raise UserError(
+            f"job {job} of {folder} is still there ({', '.join(states)}), and a second one would write the same run: "
+            f"wait for it, end it first (scancel {job}), or make another run with name=..."
+        )
 
 
 def _submit_slurm(path: Path, folder: Path, is_array: bool, say: Callable[[str], None]) -> None:
@@ -196,11 +229,14 @@ def _submit_slurm(path: Path, folder: Path, is_array: bool, say: Callable[[str],
         reason = (done.stderr or done.stdout).strip()
         raise UserError(f"sbatch refused {path}: {reason}\nCorrect the flags or launch.slurm of the config")
     job = done.stdout.strip().partition(";")[0]
+    if not job.isdigit():
+        said = (done.stdout + done.stderr).strip() or "nothing"
+        raise UserError(f"sbatch named no job, but said {said!r}; see with squeue whether {path} was submitted")
     record: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "to": "slurm", "job": job}
-    with (folder / "submissions.jsonl").open("a", encoding="utf-8") as file:
+    with (folder / SUBMISSIONS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     log = folder / LOGS / (f"slurm-{job}_0.out" if is_array else f"slurm-{job}.out")
     say(f"submitted job {job}")
-    say(f"watch:   squeue -j {job}; tail -F '{log}'")
+    say(f"watch:   squeue -j {job}; tail -F {shlex.quote(str(log))}")
     say(f"save and stop:  scancel --signal=USR1 {job}      stop:  scancel {job}")
     say("resume:  the same `submit` command; it goes on from the newest checkpoint")

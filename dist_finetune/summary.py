@@ -6,13 +6,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dist_finetune.evaluate import Evaluation
 from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.models.card import Provenance
 from dist_finetune.peak_memory import peak_memory_gib
 from dist_finetune.run_folder import ATTEMPTS, environment, read_summary, write_json
+from dist_finetune.verdict import tell_job_script, why_again
 from dist_finetune.world import World, gather_objects
 
 
@@ -60,13 +61,15 @@ class Summary:
 def write_start(job: Job, provenance: Provenance, stage: Stage, progress: Progress) -> None:
     """plan.json, environment.json and freeze.json of a run that is about to train or to go on.
 
-    A line of attempts.jsonl says from which step it starts, when and where.
+    A line of attempts.jsonl says from which step it starts, when and where, and after what, if a job script knows.
     """
     machine = environment()
     write_json(job.folder / "plan.json", job.plan.to_json())
     write_json(job.folder / "environment.json", machine)
     attempt = {"attempt": progress.attempts, "step": progress.step, "time": time.time(), "host": machine["host"]}
     attempt |= {"world_size": job.world.world_size, "strategy": job.plan.strategy}
+    if why_again():
+        attempt["after"] = why_again()
     with (job.folder / ATTEMPTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(attempt) + "\n")
     write_freeze(job, stage, dataclasses.asdict(provenance))
@@ -134,8 +137,10 @@ def summarise(
     return summary
 
 
-def write_end(folder: Path, status: str, error: Exception, world: World) -> None:
+def write_end(folder: Path, status: Literal["stopped", "failed"], error: Exception, world: World) -> None:
     """Marks a run that had started as failed or stopped, with the message. Leaves a folder of another run alone."""
+    if world.is_first:
+        tell_job_script(status)
     if world.is_first and (folder / "plan.json").exists() and read_summary(folder).get("status") is None:
         when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         write_json(

@@ -18,6 +18,7 @@ from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.optim import lr_factor, set_lr
 from dist_finetune.peak_memory import peak_memory_gib
 from dist_finetune.phases import PhasePlan
+from dist_finetune.run_folder import resume_command
 from dist_finetune.stopping import Interrupted, Stopped, StopWish
 from dist_finetune.tasks.names import is_better
 from dist_finetune.tasks.task import task_of
@@ -31,6 +32,8 @@ class StepLog:
     losses: list[torch.Tensor] = field(default_factory=list)
     norms: list[torch.Tensor | float] = field(default_factory=list)
     steps: list[tuple[StepBatch, float]] = field(default_factory=list)
+    waited_s: float = 0.0
+    """Seconds that this rank waited for its batches."""
     started_s: float = field(default_factory=time.perf_counter)
 
 
@@ -41,6 +44,8 @@ def fit(job: Job, stage: Stage, progress: Progress, saver: Saver, stop: StopWish
     TrainingError where a loss or gradient norm is not finite, Stopped (with a checkpoint saved) where told to stop.
     """
     progress.cache_s += stage.cache_s
+    if stage.is_uncached and stage.phase.index not in progress.uncached:
+        progress.uncached.append(stage.phase.index)
     log, last = StepLog(), None
     try:
         if progress.before is None:
@@ -88,7 +93,7 @@ def stopped(interruption: Interrupted, job: Job, progress: Progress, saver: Save
     saver.settled()
     return Stopped(
         f"stopped on {interruption} after step {progress.step} of {job.plan.total_steps}; checkpoint saved. "
-        f"Go on with: dist-finetune resume {job.folder}"
+        f"Go on with: {resume_command(job.folder)}"
     )
 
 
@@ -105,6 +110,7 @@ def _steps_of(job: Job, stage: Stage, progress: Progress) -> Iterator[StepBatch]
         rows.lengths,
         first_step=progress.step,
         targets=rows.num_targets,
+        micro_batch_tokens=plan.batches.micro_batch_tokens,
     )
 
 
@@ -124,7 +130,9 @@ def _train_step(
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for i, micro in enumerate(step.micro_batches):
         is_last = i == len(step.micro_batches) - 1
+        asked_s = time.perf_counter()
         batch = next(batches)
+        log.waited_s += time.perf_counter() - asked_s
         labels = batch["labels"].to(world.device, non_blocking=True)
         logits = engine.forward(to_device(batch["inputs"], world.device), is_last)
         loss = task.loss(logits, labels)
@@ -172,6 +180,7 @@ def _flush(log: StepLog, job: Job, progress: Progress) -> None:
                 **({"train/skipped": 1} if skipped else {"train/grad_norm": norm}),
                 "perf/samples_per_s": samples / elapsed,
                 "perf/step_s": elapsed / len(log.steps),
+                "perf/data_wait_s": log.waited_s / len(log.steps),
                 "progress/epoch": (step.step + 1) / job.plan.batches.steps_per_epoch,
                 "progress/samples": _samples_after(step.step + 1, job),
                 "params/trainable": num_trainable,
@@ -181,6 +190,7 @@ def _flush(log: StepLog, job: Job, progress: Progress) -> None:
     log.losses.clear()
     log.norms.clear()
     log.steps.clear()
+    log.waited_s = 0.0
     log.started_s = time.perf_counter()
 
 
@@ -196,7 +206,7 @@ def _count_skipped(job: Job, progress: Progress, step: int, lr: float, loss: flo
     before = f" {progress.skipped} steps had been left out before (train.max_skipped)." if progress.skipped else ""
     raise TrainingError(
         f"step {step + 1}: train/loss is {loss}, train/grad_norm is {norm}.{before} Nothing was saved since; go on "
-        f"from before with a lower rate (now {lr:.3g}): dist-finetune resume {job.folder} --allow train.lr=..., leave "
+        f"from before with a lower rate (now {lr:.3g}): {resume_command(job.folder)} --allow train.lr=..., leave "
         "such steps out with train.max_skipped=10, or start anew with a longer train.warmup or train.precision=fp32"
     )
 

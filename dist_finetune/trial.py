@@ -13,7 +13,10 @@ from dist_finetune.errors import PlanError
 from dist_finetune.evaluate import to_device
 from dist_finetune.freeze import apply_freeze, train_mode
 from dist_finetune.memory.activations import fake_inputs
+from dist_finetune.memory.demand import demanding
+from dist_finetune.models.on_meta import on_meta
 from dist_finetune.models.sources import build_model, forward_logits
+from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
 from dist_finetune.tasks.task import task_of
 from dist_finetune.world import World
@@ -51,9 +54,10 @@ def _is_larger_than_device(plan: Plan) -> bool:
 
 
 def _runs(plan: Plan, rows: int, device: torch.device) -> bool:
-    """True where a forward and a backward pass of so many rows fit into memory."""
+    """True where a forward and a backward pass of so many rows fit into memory, in the phases that need most."""
     try:
-        _pass(plan, rows, device)
+        for phase in demanding(plan.phases):
+            _pass(plan, phase, rows, device)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY):
             return False
@@ -66,8 +70,7 @@ def _runs(plan: Plan, rows: int, device: torch.device) -> bool:
     return True
 
 
-def _pass(plan: Plan, rows: int, device: torch.device) -> None:
-    phase = plan.widest
+def _pass(plan: Plan, phase: PhasePlan, rows: int, device: torch.device) -> None:
     model = _empty_model(plan, device)
     apply_freeze(model, phase.manifest)
     if phase.frozen_dtype == "bf16":
@@ -90,7 +93,7 @@ def _pass(plan: Plan, rows: int, device: torch.device) -> None:
 
 def _empty_model(plan: Plan, device: torch.device) -> nn.Module:
     """The model with zeros for weights; zeros are valid positions and indices, too, where buffers hold such."""
-    with torch.device("meta"):
+    with on_meta():
         model = build_model(plan.card, plan.spec.model, plan.data.classes)
     model.to_empty(device=device)
     with torch.no_grad():

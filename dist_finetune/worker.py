@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from dist_finetune.errors import UserError
+import torch
+
+from dist_finetune.features.accelerate import accelerate_heads
 from dist_finetune.run import train
 from dist_finetune.run_folder import Changes
-from dist_finetune.spec import FreezeSpec, Spec
+from dist_finetune.spec import Spec
 from dist_finetune.summary import Summary
 from dist_finetune.world import join_world
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 def run_task(spec: Spec, fresh: bool = False, changes: Changes = "none") -> "Summary | FeatureSummary":
     """Does, as one rank of the job it finds itself in, what `spec` asks for. Raises DistFinetuneError."""
     # scikit-learn and matplotlib, which features and advice need, take seconds to import
+    if spec.task == "features" or spec.strategy == "auto":
+        accelerate_heads(torch.cuda.is_available())
     if spec.strategy == "auto":
         from dist_finetune.advise.run import follow_advice
 
@@ -27,22 +31,3 @@ def run_task(spec: Spec, fresh: bool = False, changes: Changes = "none") -> "Sum
 
         return compare_heads(spec, fresh, changes)
     return train(spec, fresh, changes)
-
-
-def for_planning(spec: Spec) -> Spec:
-    """The spec whose plan tells what a run of `spec` needs. Extracting features is planned as training the head alone,
-    which holds the model just so.
-
-    Raises UserError where measuring comes first.
-    """
-    if spec.strategy == "auto":
-        raise UserError(
-            "strategy: auto is decided by measuring: run `dist-finetune advise` on this config, then plan the "
-            "advice.yaml that it writes"
-        )
-    if spec.task == "features":
-        from dist_finetune.features.job import refuse_idle_settings
-
-        refuse_idle_settings(spec)
-        return spec.model_copy(update={"freeze": FreezeSpec(rule="backbone")})
-    return spec

@@ -16,8 +16,23 @@ import torch
 import torch.distributed as dist
 
 from dist_finetune.errors import DistFinetuneError, UserError
-from dist_finetune.launchers.environment import torch_variables, world_from_environment
-from dist_finetune.preflight import check_all_reduce, meet
+from dist_finetune.launchers.environment import (
+    LaunchedAs,
+    cpu_threads,
+    set_by_user,
+    torch_variables,
+    world_from_environment,
+)
+from dist_finetune.preflight import (
+    GPUS_MISSING_TODO,
+    check_all_reduce,
+    gpus_missing,
+    meet,
+    open_group,
+    versions_that_differ,
+    wait_longer,
+)
+from dist_finetune.run_folder import installed_versions
 from dist_finetune.spec import LaunchSpec
 
 T = TypeVar("T")
@@ -58,7 +73,7 @@ def join_world(launch: LaunchSpec) -> Iterator[World]:
     """
     found = world_from_environment(os.environ)
     device = _device(found.local_rank, found.local_world_size)
-    _set_cpu_threads(launch, found.local_world_size)
+    _set_cpu_threads(launch, found)
     variables = torch_variables(found)
     if found.world_size == 1:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # never opened: the store lives in this process
@@ -69,19 +84,16 @@ def join_world(launch: LaunchSpec) -> Iterator[World]:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if made_group:
             store = meet(found, launch.join_timeout) if found.world_size > 1 else dist.HashStore()
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=store,
-                rank=found.rank,
-                world_size=found.world_size,
-                timeout=timedelta(seconds=launch.timeout),
-            )
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            open_group(found, store, backend, launch.join_timeout)
         try:
             world = World(
                 found.launcher, found.rank, found.local_rank, found.world_size, found.local_world_size, device
             )
             _check_ranks(world)
-            check_all_reduce(world.rank, world.world_size, world.device)
+            check_all_reduce(world.rank, world.world_size, world.device, launch.join_timeout)
+            if made_group:
+                wait_longer(launch.timeout)
             with _files_group(launch.file_timeout) if world.world_size > 1 else nullcontext():
                 yield world
         finally:
@@ -119,6 +131,9 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _device(local_rank: int, local_world_size: int) -> torch.device:
+    missing = gpus_missing(os.environ, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    if missing:
+        raise UserError(f"{missing}: {GPUS_MISSING_TODO}")
     if not torch.cuda.is_available():
         return torch.device("cpu")
     visible = torch.cuda.device_count()
@@ -135,12 +150,11 @@ def _device(local_rank: int, local_world_size: int) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _set_cpu_threads(launch: LaunchSpec, local_world_size: int) -> None:
-    if launch.cpu_threads == "auto":
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
-    else:
+def _set_cpu_threads(launch: LaunchSpec, found: LaunchedAs) -> None:
+    if launch.cpu_threads != "auto":
         torch.set_num_threads(launch.cpu_threads)
+    elif "OMP_NUM_THREADS" not in os.environ or not set_by_user("OMP_NUM_THREADS", found):
+        torch.set_num_threads(cpu_threads(found, os.environ, len(os.sched_getaffinity(0))))
 
 
 def _check_ranks(world: World) -> None:
@@ -237,3 +251,10 @@ def require_same(label: str, value: str, hint: str) -> None:
         raise UserError(
             f"{label} differs between ranks: rank 0 has {values[0]}, rank {other} has {values[other]}. {hint}"
         )
+
+
+def require_same_versions() -> None:
+    """Raises UserError, on every rank, that names what ranks have installed in different versions. Collective."""
+    differ = versions_that_differ(gather_objects(installed_versions()))
+    if differ:
+        raise UserError(f"ranks run different software: {differ}. Give every machine the same environment")

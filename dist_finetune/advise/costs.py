@@ -5,9 +5,10 @@ from typing import Any
 
 from dist_finetune.advise.probes import Evidence
 from dist_finetune.data.tables import Tables
-from dist_finetune.plan import Plan, Topology, plan_run
+from dist_finetune.plan import Plan, plan_run
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec
+from dist_finetune.topology import Topology
 
 TRAIN_PASSES = 3  # forward, and twice that for backward, in forward passes
 
@@ -45,8 +46,12 @@ def _passes(plan: Plan, index: int) -> float:
 
 
 def merged(spec: Spec, part: dict[str, Any]) -> Spec:
-    """`spec` with a part of a config in it, checked anew; what the part decides is not left to advice again."""
-    whole = spec.model_dump(mode="json", by_alias=True) | part
+    """`spec` with a part of a config in it, checked anew; what the part decides is not left to advice again, nor to
+    what `spec` froze before."""
+    whole = spec.model_dump(mode="json", by_alias=True) | {"freeze": "none", "phases": []} | part
     if part.get("task") == "features":
         whole["data"] = whole["data"] | {"augment": False}
+        whole["cache"] = {"mode": "off"}
+    elif whole["cache"]["mode"] == "on":  # what is frozen is the advice's to say, and may be nothing
+        whole["cache"] = whole["cache"] | {"mode": "auto"}
     return load_spec(whole | {"strategy": None})

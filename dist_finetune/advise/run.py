@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dist_finetune.advise.costs import Cost, cost_of, merged
 from dist_finetune.advise.probes import Evidence, depth_words, measure, sample_tables
 from dist_finetune.advise.situation import Verdict, choices, judge
@@ -18,13 +16,14 @@ from dist_finetune.data.tables import Tables
 from dist_finetune.errors import UserError
 from dist_finetune.features.depths import head_linear
 from dist_finetune.features.job import FeatureJob, class_tables, extract_all, prepare_features
+from dist_finetune.models.on_meta import on_meta
+from dist_finetune.models.order import structure_for
 from dist_finetune.models.sources import build_model, describe_model
-from dist_finetune.models.structure import structure_of
-from dist_finetune.plan import local_topology
 from dist_finetune.report import Reporter
 from dist_finetune.run_folder import write_json, write_text
-from dist_finetune.spec import Spec
+from dist_finetune.spec import CacheSpec, Spec
 from dist_finetune.spec_features import FeaturesSpec
+from dist_finetune.topology import local_topology
 from dist_finetune.world import World, join_world, on_first, together
 
 
@@ -106,9 +105,9 @@ def _advise(spec: Spec, world: World, report: Reporter) -> Advice:
 
 def _prepare(spec: Spec, sampled: Tables, world: World, report: Reporter) -> FeatureJob:
     card = describe_model(spec.model, spec.data.image_size)
-    with torch.device("meta"):
+    with on_meta():
         model = build_model(card, spec.model, sampled.classes)
-    structure = structure_of(model)
+    structure = structure_for(model, card)
     words = depth_words(structure.depth)
     if head_linear(structure, model) is None:
         words = words[:-1]
@@ -120,7 +119,7 @@ def _prepare(spec: Spec, sampled: Tables, world: World, report: Reporter) -> Fea
 def _price(spec: Spec, evidence: Evidence, job: FeatureJob, tables: Tables, world: World) -> dict[str, Cost]:
     topology = local_topology(world.local_world_size, world.num_nodes)
     options = choices(evidence, job.plan.structure.depth, job.plan.card.default_lr)
-    bare = spec.model_copy(update={"phases": (), "freeze": type(spec.freeze)()})
+    bare = spec.model_copy(update={"cache": CacheSpec(mode="off")})
     return {name: cost_of(part, bare, evidence, topology, tables) for name, part in options.items()}
 
 

@@ -1,202 +1,176 @@
-"""Fills the store: every row once through the frozen prefix, dealt over the ranks; or finds an earlier run's."""
+"""Training rows from stored activations: an entry that is there, or is filled now; proved before it is used."""
 
 import hashlib
-import json
-import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
-from dist_finetune.cache.cut import Cut, NoCut, find_cut, make_tail, run_prefix
-from dist_finetune.cache.entries import META, cache_root, hash_of, make_room, touch
+from dist_finetune.cache.cut import ACTIVATION, Cut, NoCut, NotWorth, find_cut, make_tail, run_prefix
+from dist_finetune.cache.entries import META, cache_root, hash_of, touch
+from dist_finetune.cache.fill import (
+    Entry,
+    fill_once,
+    layout_for,
+    made_layouts,
+    num_views,
+    pads_left,
+    prefix_of,
+    require_seen,
+)
 from dist_finetune.cache.rows import CachedCollate, CachedRows
-from dist_finetune.cache.store import Layout, ShardWriter, StoredRows, layout_json
+from dist_finetune.cache.store import FORMAT, TORCH_TYPES, Layout, StoredRows, read_layout
+from dist_finetune.cache.worth import SAVED_S, SLOW_DISK, Worth, disk_speed, settle, weigh
 from dist_finetune.data.loading import Rows
 from dist_finetune.data.text import TextRows
+from dist_finetune.engine.base import Inputs
 from dist_finetune.evaluate import to_device
 from dist_finetune.freeze import train_mode
 from dist_finetune.job import Job
 from dist_finetune.models.sources import forward_logits
 from dist_finetune.phases import PhasePlan
-from dist_finetune.run_folder import write_json
-from dist_finetune.stopping import told_to_stop
 from dist_finetune.tasks.task import counted
-from dist_finetune.world import on_first, patience, together
+from dist_finetune.world import on_first, together
 
 if TYPE_CHECKING:
     from dist_finetune.data.images import ImageRows
 
 AGREEMENT = {"fp32": 1e-4, "bf16": 3e-2}  # of logits, relative: a CNN differs by up to 3e-5 at another batch size
 PROBE_ROWS = 4
-NOTE_EVERY_S = 30.0  # what a killed run may have to compute again
+WORTH_ROWS = 8  # enough to tell how long a row takes
 
 
 def cache_splits(
-    job: Job, phase: PhasePlan, model: nn.Module, frozen_digests: dict[str, str]
+    job: Job, phase: PhasePlan, model: nn.Module, frozen_digests: dict[str, str], is_begun: bool
 ) -> tuple[dict[str, Rows], Cut]:
     """Cached rows of every split, and the cut; `model`, frozen and whole, is turned into its tail. Collective.
 
-    Raises NoCut, with the model as it was, where it can't be cut or the tail does not give the whole model's logits.
+    A phase that `is_begun` goes on with its cache, whatever the disk's speed is now. Raises NoCut, with the model as it
+    was, where it can't be cut or the tail does not give the whole model's logits; NotWorth where `auto` finds that it
+    does not pay.
     """
     job.report.say("caching the frozen part's activations")
     started = time.perf_counter()
     model.to(job.world.device)
-    probe = job.splits["train"].first_batch(PROBE_ROWS)["inputs"]
+    probe = job.splits["train"].first_batch(PROBE_ROWS)
     train_mode(model, phase.manifest)
-    cut = find_cut(model, to_device(probe, job.world.device))
+    cut = find_cut(model, to_device(probe["inputs"], job.world.device))
     model.eval()
     key, source = _key(job, cut, frozen_digests)
-    layouts = {name: _layout(job, model, cut, rows) for name, rows in job.splits.items()}
-    folder = cache_root(job.plan.spec) / key
-    reused = on_first(job.world, lambda: (folder / META).exists())
-    if not reused:
-        with patience():  # a pass over all data, in which no step is taken
-            _build(job, model, cut, layouts, folder, source)
-    cached = {name: _rows(job, folder, name, layouts[name]) for name in job.splits}
-    on_first(job.world, lambda: touch(folder))
-    _check_agreement(job, model, cut, cached["train"])
-    size = sum(layout.num_bytes for layout in layouts.values()) / 2**20
-    what = "reused" if reused else f"built in {time.perf_counter() - started:.1f} s"
-    job.report.say(f"cache {what}: {size:,.0f} MiB at {cut.at.path}, {folder}")
+    layouts = {name: layout_for(job, cut, rows) for name, rows in job.splits.items()}
+    entry = Entry(cache_root(job.plan.spec) / key, source, layouts)
+    is_reused = on_first(job.world, lambda: entry.is_there())
+    if not is_reused:
+        _agreeing_tail(job, model, cut, lambda: _fed(job, model, cut, probe))()  # undone: the whole model fills
+        if job.plan.spec.cache.mode == "auto" and not is_begun:
+            _require_worth(job, phase, model, cut, entry)
+        is_reused = fill_once(job, model, cut, entry)
+    together(lambda: require_seen(entry.folder / META))
+    cached = {name: _rows(job, entry.folder, name, layouts[name]) for name in job.splits}
+    on_first(job.world, lambda: touch(entry.folder))
+    _agreeing_tail(job, model, cut, lambda: cached["train"].first_batch(PROBE_ROWS)["inputs"])
+    what = "reused" if is_reused else f"built in {time.perf_counter() - started:.1f} s"
+    job.report.say(f"cache {what}: {entry.num_bytes / 2**20:,.0f} MiB at {cut.at.path}, {entry.folder}")
     return cached, cut
 
 
-def _build(
-    job: Job, model: nn.Module, cut: Cut, layouts: dict[str, Layout], folder: Path, source: dict[str, Any]
-) -> None:
-    """Fills a hidden folder, which gets its name when it is complete. A run that was ended goes on where it was; two
-    that fill the same write the same."""
-    part = folder.with_name(f".{folder.name}.{job.world.world_size}")
+def _require_worth(job: Job, phase: PhasePlan, model: nn.Module, cut: Cut, entry: Entry) -> None:
+    """Says why the cache pays, from what the first rank measures. Raises NotWorth where it does not. Collective."""
+    num_bytes, root = entry.num_bytes, entry.folder.parent
+    passes = phase.num_steps / job.plan.batches.steps_per_epoch
+    rows, device = job.splits["train"], job.world.device
 
-    def begin() -> None:
-        needed = sum(layout.num_bytes for layout in layouts.values())
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        make_room(folder.parent, needed, job.plan.spec.cache.quota)
-        missing = needed - sum(512 * path.stat().st_blocks for path in part.glob("*"))
-        free = shutil.disk_usage(folder.parent).free
-        if free < missing * 1.02:
-            raise NoCut(f"{folder.parent} has {free / 2**20:,.0f} MiB free, the cache needs {missing / 2**20:,.0f} MiB")
-        part.mkdir(exist_ok=True)
+    def measure() -> Worth:
+        batch = rows.first_batch(WORTH_ROWS)
+        inputs = to_device(batch["inputs"], device)
+        run_prefix(model, cut, inputs)  # once before, which is slower
+        started = settle(device)
+        run_prefix(model, cut, inputs)
+        row_s = (settle(device) - started) / len(batch["labels"])
+        prefix_s = row_s * rows.num_rows / job.world.world_size
+        worth = weigh(passes, prefix_s, num_bytes, SLOW_DISK, SLOW_DISK)
+        if worth.is_settled:
+            return worth
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            return weigh(passes, prefix_s, num_bytes, *disk_speed(root, num_bytes))
+        except OSError as error:
+            raise NoCut(f"{root} can't be written: {error.strerror}") from None
 
-    seconds: dict[str, float] = {}
-
-    def fill() -> None:
-        for name, rows in job.splits.items():
-            started = time.perf_counter()
-            _fill(job, model, cut, rows, ShardWriter(part, name, job.world.rank, layouts[name]))
-            seconds[name] = round(time.perf_counter() - started, 3)
-
-    def publish() -> None:
-        shapes = {name: layout_json(layout) for name, layout in layouts.items()}
-        told = {"source": job.plan.card.name, "made_from": source, "splits": shapes, "seconds": seconds}
-        if not folder.exists():  # another job may have been faster
-            write_json(part / META, told)
-            part.rename(folder)
-        shutil.rmtree(part, ignore_errors=True)
-
-    on_first(job.world, begin)
-    model.to(memory_format=torch.channels_last)  # only until it is sharded: ZeRO lays weights end to end
-    together(fill)
-    model.to(memory_format=torch.contiguous_format)
-    on_first(job.world, publish)
-
-
-def _fill(job: Job, model: nn.Module, cut: Cut, rows: Rows, writer: ShardWriter) -> None:
-    """This rank's rows of a split through the prefix, longest first so that batches have little padding.
-
-    Raises Stopped where the run is told to stop.
-    """
-    mine = np.arange(job.world.rank, rows.num_rows * _num_views(job, rows), job.world.world_size)
-    if rows.lengths is not None:
-        mine = mine[np.argsort(-rows.lengths[mine], kind="stable")]
-    size, num_done, noted_s = job.plan.batches.eval_batch_size, writer.num_done, time.monotonic()
-    batches = [mine[i : i + size].tolist() for i in range(num_done, len(mine), size)]
-    keys = [[(i // rows.num_rows, i % rows.num_rows) for i in ids] if rows.pass_epoch else ids for ids in batches]
-    loader = DataLoader(rows.dataset, batch_sampler=keys, collate_fn=rows.collate, num_workers=rows.num_workers)
-    for ids, batch in zip(batches, loader, strict=True):
-        if job.signals.first or time.monotonic() - noted_s > NOTE_EVERY_S:
-            writer.note(num_done)
-            noted_s = time.monotonic()
-            if job.signals.first:
-                raise told_to_stop(job.signals.first.name)
-        with torch.autocast(job.world.device.type, torch.bfloat16, enabled=job.plan.precision == "bf16"):
-            activation = run_prefix(model, cut, to_device(batch["inputs"], job.world.device)).float().cpu()
-        for i, index in enumerate(ids):
-            row = activation[i]
-            if _has_length(rows, cut):
-                assert rows.lengths is not None
-                row = row[-rows.lengths[index] :] if _pads_left(rows) else row[: rows.lengths[index]]
-            writer.write(index, row)
-        num_done += len(ids)
-    writer.note(num_done)
-
-
-def _layout(job: Job, model: nn.Module, cut: Cut, rows: Rows) -> Layout:
-    shape = cut.at.shape[1:]
-    lengths = rows.lengths if _has_length(rows, cut) else None
-    piece = shape[1:] if lengths is not None else shape
-    num_rows = rows.num_rows * _num_views(job, rows)
-    return Layout(num_rows, tuple(piece), job.plan.spec.cache.dtype, job.world.world_size, lengths)
-
-
-def _num_views(job: Job, rows: Rows) -> int:
-    """Versions of each row: several where it is augmented."""
-    return (job.plan.spec.cache.views or 1) if rows.pass_epoch else 1
-
-
-def _has_length(rows: Rows, cut: Cut) -> bool:
-    """True where an activation has one piece a token: (B, T, ...) of a text model."""
-    return rows.lengths is not None and len(cut.at.shape) > 2
-
-
-def _pads_left(rows: Rows) -> bool:
-    return getattr(rows.collate, "keywords", {}).get("padding_side") == "left"
+    worth = on_first(job.world, measure)
+    if not worth.is_kept:
+        little = f"{worth.saved_s:.2g} s is all that it would spare: " if worth.saved_s < SAVED_S else ""
+        raise NotWorth(f"it would not pay: {little}{worth.reason} (cache: on keeps it all the same)")
+    job.report.say(f"cache: {worth.reason}")
 
 
 def _rows(job: Job, folder: Path, name: str, layout: Layout) -> Rows:
     rows = job.splits[name]
-    made = json.loads((folder / META).read_text(encoding="utf-8"))["splits"][name]
-    layout = replace(layout, num_shards=made["num_shards"])
+    layout = read_layout(folder, name, layout, made_layouts(folder)[name])
     is_text = isinstance(rows.dataset, TextRows)
     collate = CachedCollate(
-        StoredRows(folder, name, layout), layout, rows.collate if is_text else None, _pads_left(rows)
+        StoredRows(folder, name, layout), layout, rows.collate if is_text else None, pads_left(rows)
     )
-    dataset = CachedRows(rows.dataset, is_text, _num_views(job, rows))
+    dataset = CachedRows(rows.dataset, is_text, num_views(job, rows))
     return replace(rows, dataset=dataset, collate=collate, num_workers=0)
 
 
-def _check_agreement(job: Job, model: nn.Module, cut: Cut, cached: Rows) -> None:
-    """The first rows both ways, in eval mode: the whole model, and its tail from what is stored. Makes the tail."""
+def _fed(job: Job, model: nn.Module, cut: Cut, batch: dict[str, Any]) -> Inputs:
+    """What the tail would be given for a batch: its activation, rounded and without padding as the store has it."""
+    inputs, stored = to_device(batch["inputs"], job.world.device), TORCH_TYPES[job.plan.spec.cache.dtype]
+    activation = prefix_of(job, model, cut, batch).to(stored).float()
+    if not isinstance(inputs, dict):
+        return activation
+    if activation.dim() > 2:
+        mask = inputs["attention_mask"].bool()
+        activation = activation * mask.view(*mask.shape, *(1 for _ in activation.shape[2:]))
+    return {**inputs, ACTIVATION: activation}
+
+
+def _agreeing_tail(job: Job, model: nn.Module, cut: Cut, tail_inputs: Callable[[], Inputs]) -> Callable[[], None]:
+    """Makes the tail and returns what undoes it, once the first rows went both ways in eval mode, through the whole
+    model and through its tail. Raises NoCut, with the model as it was, where their logits differ. Collective."""
     device, precision = job.world.device, job.plan.precision
-    batch = job.splits["train"].first_batch(PROBE_ROWS)
-    whole_inputs = to_device(batch["inputs"], device)
-    tail_inputs = to_device(cached.first_batch(PROBE_ROWS)["inputs"], device)
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        # padding has logits of its own where words are tagged; nothing reads them, and none are stored
-        whole, _ = counted(forward_logits(model, whole_inputs).float().cpu(), batch["labels"])
-        undo = make_tail(model, cut)
-        try:
-            tail, _ = counted(forward_logits(model, tail_inputs).float().cpu(), batch["labels"])
-            difference = ((whole - tail).abs().max() / whole.abs().max().clamp(min=1e-12)).item()
-            problem = f"its logits would differ by {difference:.1e}"
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-            difference, problem = float("inf"), f"the rest can't run alone: {str(error).splitlines()[0]}"
-    is_coarse = "bf16" in (precision, job.plan.spec.cache.dtype)
-    if difference > AGREEMENT["bf16" if is_coarse else "fp32"]:
-        undo()
-        raise NoCut(f"cut after {cut.at.path}, {problem}")
+    undo: list[Callable[[], None]] = []
+
+    def compare() -> None:
+        batch = job.splits["train"].first_batch(PROBE_ROWS)
+        whole_inputs, fed = to_device(batch["inputs"], device), to_device(tail_inputs(), device)
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            # padding has logits of its own where words are tagged; nothing reads them, and none are stored
+            whole, _ = counted(forward_logits(model, whole_inputs).float().cpu(), batch["labels"])
+            undo.append(make_tail(model, cut))
+            try:
+                tail, _ = counted(forward_logits(model, fed).float().cpu(), batch["labels"])
+            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+                raise NoCut(f"cut after {cut.at.path}, the rest can't run alone: {_first_line(error)}") from None
+        difference = ((whole - tail).abs().max() / whole.abs().max().clamp(min=1e-12)).item()
+        is_coarse = "bf16" in (precision, job.plan.spec.cache.dtype)
+        if not difference <= AGREEMENT["bf16" if is_coarse else "fp32"]:
+            raise NoCut(f"cut after {cut.at.path}, its logits would differ by {difference:.1e}")
+
+    try:
+        together(compare)  # one rank's problem is everybody's
+    except NoCut:
+        for back in undo:
+            back()
+        raise
+    return undo[0]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _key(job: Job, cut: Cut, frozen_digests: dict[str, str]) -> tuple[str, dict[str, Any]]:
     """Short hash of all that decides what is stored, and what went into it."""
     encoded = {name: _encoding(rows, job.plan.spec.cache.views) for name, rows in job.splits.items()}
     source = {
+        "format": FORMAT,
         "prefix": hash_of(sorted((name, frozen_digests.get(name)) for name in cut.dropped)),
         "cut": cut.at.path,
         "data": job.plan.data.fingerprint,

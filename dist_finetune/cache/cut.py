@@ -24,6 +24,10 @@ class NoCut(DistFinetuneError):
     """The model can't be cut, or the cache not be kept; the message says why. Not an error: the run goes on without."""
 
 
+class NotWorth(NoCut):
+    """Filling the cache and reading it would take longer than it spares."""
+
+
 @dataclass(frozen=True)
 class StandIn:
     """What takes a module's place in the tail: its path, and the form of what it returned for the traced batch."""

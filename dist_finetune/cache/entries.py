@@ -1,5 +1,6 @@
 """The entries of a cache folder: what is there, when it was used, and room for more."""
 
+import errno
 import hashlib
 import json
 import os
@@ -50,10 +51,14 @@ def list_entries(root: Path) -> list[CacheEntry]:
 
 def make_room(root: Path, needed: int, quota: int) -> None:
     """Deletes least recently used entries until `needed` bytes more keep within `quota`, and what was begun and given
-    up long ago."""
+    up long ago. Raises OSError, and deletes nothing, where they could never keep within it."""
+    if needed > quota:
+        mib = 2**20
+        told = f"{needed / mib:,.0f} MiB are more than cache.quota, which is {quota / mib:,.0f} MiB"
+        raise OSError(errno.EDQUOT, told)
     for part in root.glob(".*"):
-        if part.is_dir() and time.time() - part.stat().st_mtime > GIVEN_UP_S:
-            shutil.rmtree(part, ignore_errors=True)
+        if time.time() - part.stat().st_mtime > GIVEN_UP_S:
+            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
     entries = list_entries(root)
     held = sum(entry.num_bytes for entry in entries)
     for entry in entries:

@@ -29,7 +29,7 @@ class CachedRows(Dataset[Any]):
 
     def __getitem__(self, key: int | tuple[int, int]) -> Any:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        stored = (epoch % self.views) * len(self) + index
+        stored = (epoch % self.views) * len(self) + index if epoch else index
         return stored, (self.base[index] if self.is_text else {"label": self.base.labels[index]})
 
 
@@ -50,8 +50,8 @@ class CachedCollate:
         lengths = self.layout.lengths
         width = () if lengths is None else (batch["inputs"]["input_ids"].shape[1],)
         activation = torch.zeros(len(rows), *width, *self.layout.piece_shape)
-        for i, (index, _) in enumerate(rows):
-            row = activation[i]
+        filled = activation.numpy()
+        for row, (index, _) in zip(filled, rows, strict=True):
             if lengths is not None:
                 row = row[-lengths[index] :] if self.pads_left else row[: lengths[index]]
             self.stored.read_into(index, row)

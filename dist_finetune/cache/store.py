@@ -1,15 +1,18 @@
 """Stored activations: one folder a key, one flat file a split and writing rank, rows without padding, memory-mapped.
 
 <root>/<key>/meta.json            what it was made from, row shape, number type, shards
-<root>/<key>/train-00000.bin      rows 0, W, 2W, ... of W shards, end to end
+<root>/<key>/train-00000.bin      the rows that the first of W ranks made, end to end, in ascending order
+<root>/<key>/train.shards.npy     the shard of each row
 """
 
 import contextlib
+import errno
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,25 +24,43 @@ NUMPY_TYPES: Mapping[str, type[np.generic]] = {"fp32": np.float32, "bf16": np.ui
 TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+FORMAT = 2
+"""Of these files; a part of each key, so that what an earlier version wrote is not taken for its like."""
+
+
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of a split lie in its files. A row has `lengths[i]` pieces of `piece_shape` (one where None)."""
+    """How the rows of a split lie in its files. A row has `lengths[i]` pieces of `piece_shape` (one where None), and
+    lies in shard `shard_of[i]`, (num_rows,)."""
 
     num_rows: int
     piece_shape: tuple[int, ...]
     dtype: str
     num_shards: int
     lengths: NDArray[np.int32] | None
+    shard_of: NDArray[np.uint16]
 
     @property
     def piece_elements(self) -> int:
         return int(np.prod(self.piece_shape, dtype=np.int64))
 
-    def offsets(self, shard: int) -> NDArray[np.int64]:
-        """Element offsets of the rows of a shard, (rows + 1,)."""
-        num_rows = len(range(shard, self.num_rows, self.num_shards))
-        pieces = np.ones(num_rows, np.int64) if self.lengths is None else self.lengths[shard :: self.num_shards]
-        return np.concatenate([[0], np.cumsum(pieces, dtype=np.int64)]) * self.piece_elements
+    @property
+    def row_elements(self) -> NDArray[np.int64]:
+        """Elements of each row, (num_rows,)."""
+        pieces = np.ones(self.num_rows, np.int64) if self.lengths is None else self.lengths.astype(np.int64)
+        return pieces * self.piece_elements
+
+    def starts(self) -> NDArray[np.int64]:
+        """Where each row starts in its shard, in elements, (num_rows,)."""
+        sizes, starts = self.row_elements, np.zeros(self.num_rows, np.int64)
+        for shard in range(self.num_shards):
+            rows = np.flatnonzero(self.shard_of == shard)
+            starts[rows] = np.cumsum(sizes[rows]) - sizes[rows]
+        return starts
+
+    def shard_elements(self, shard: int) -> int:
+        """Elements of all rows of a shard."""
+        return int(self.row_elements[self.shard_of == shard].sum())
 
     @property
     def num_bytes(self) -> int:
@@ -53,46 +74,51 @@ class StoredRows:
 
     def __init__(self, folder: Path, split: str, layout: Layout) -> None:
         self._layout = layout
-        self._offsets = [layout.offsets(shard) for shard in range(layout.num_shards)]
+        self._starts = layout.starts()
+        self._ends = self._starts + layout.row_elements
         dtype = NUMPY_TYPES[layout.dtype]
         self._shards = [
             # a plain array over the map: a slice of numpy's own memmap type takes three times as long
             np.memmap(shard_path(folder, split, shard), dtype, "r").view(np.ndarray)
-            if self._offsets[shard][-1]
+            if layout.shard_elements(shard)
             else np.empty(0, dtype)
             for shard in range(layout.num_shards)
         ]
 
-    def read_into(self, index: int, out: torch.Tensor) -> None:
-        """Copies row `index` into a float32 tensor of the row's shape."""
-        shard, position = index % self._layout.num_shards, index // self._layout.num_shards
-        span = slice(self._offsets[shard][position], self._offsets[shard][position + 1])
+    def read_into(self, index: int, out: NDArray[np.float32]) -> None:
+        """Copies row `index` into an array of the row's shape whose memory is in one piece."""
+        stored = self._shards[self._layout.shard_of[index]][self._starts[index] : self._ends[index]]
         if self._layout.dtype == "fp32":
-            out.numpy().reshape(-1)[...] = self._shards[shard][span]
-        else:
-            out.view(-1).copy_(torch.from_numpy(self._shards[shard][span].copy()).view(torch.bfloat16))
+            out.reshape(-1)[...] = stored
+        else:  # bf16 is the upper half of fp32
+            out.reshape(-1)[...] = (stored.astype(np.uint32) << 16).view(np.float32)
 
 
 class ShardWriter:
-    """Writes the rows of one shard in any order, and goes on with one that was left half-written."""
+    """Writes the rows of one shard in any order, and goes on with one that was left half-written.
+
+    The file has its whole size from the start, and the disk the room for it: raises OSError where it has not. What is
+    in it stays, so that a second writer of the same shard does the first no harm.
+    """
 
     def __init__(self, folder: Path, split: str, shard: int, layout: Layout) -> None:
-        self._layout, self._offsets = layout, layout.offsets(shard)
+        self._layout, self._starts = layout, layout.starts()
         self._path = shard_path(folder, split, shard)
         self._note = self._path.with_suffix(".json")
-        size, dtype = int(self._offsets[-1]), NUMPY_TYPES[layout.dtype]
+        size, dtype = layout.shard_elements(shard), NUMPY_TYPES[layout.dtype]
         self.num_done = _rows_done(self._note) if self._path.exists() else 0
         """Rows that an earlier writer of the same shard has noted as done."""
-        mode: Literal["r+", "w+"] = "r+" if self.num_done else "w+"
-        self._file = np.memmap(self._path, dtype, mode, shape=(size,)) if size else None
+        if size:
+            _allocate(self._path, size * np.dtype(dtype).itemsize)
+        self._file = np.memmap(self._path, dtype, "r+", shape=(size,)) if size else None
 
     def write(self, index: int, row: torch.Tensor) -> None:
         """Stores a row of the split (by its number in the split) in the layout's number type."""
         assert self._file is not None
-        position = index // self._layout.num_shards
         flat = row.detach().to("cpu", TORCH_TYPES[self._layout.dtype]).contiguous().view(-1)
         stored = flat if self._layout.dtype == "fp32" else flat.view(torch.uint16)
-        self._file[self._offsets[position] : self._offsets[position + 1]] = stored.numpy()
+        start = self._starts[index]
+        self._file[start : start + len(stored)] = stored.numpy()
 
     def note(self, num_rows: int) -> None:
         """Notes that `num_rows` rows, in the caller's order, are on the disk."""
@@ -102,6 +128,21 @@ class ShardWriter:
             self._file.flush()
         with contextlib.suppress(FileNotFoundError):  # another job has built the same and was faster
             write_json(self._note, {"rows": num_rows})
+
+
+def _allocate(path: Path, num_bytes: int) -> None:
+    """Makes a file of so many bytes, all of them on the disk where the file system can: a disk that others fill later
+    would otherwise end a process that writes to the map with SIGBUS."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        if os.fstat(descriptor).st_size < num_bytes:
+            os.truncate(descriptor, num_bytes)
+    finally:
+        os.close(descriptor)
 
 
 def _rows_done(note: Path) -> int:
@@ -116,6 +157,13 @@ def shard_path(folder: Path, split: str, shard: int) -> Path:
     return folder / f"{split}-{shard:05d}.bin"
 
 
-def layout_json(layout: Layout) -> dict[str, Any]:
-    """A layout without its lengths, which follow from the encoded rows."""
-    return {k: v for k, v in asdict(layout).items() if k != "lengths"}
+def write_layout(folder: Path, split: str, layout: Layout) -> dict[str, Any]:
+    """Writes which shard has which row; returns the rest as JSON, less the lengths, which follow from encoded rows."""
+    np.save(folder / f"{split}.shards.npy", layout.shard_of, allow_pickle=False)
+    return {k: v for k, v in asdict(layout).items() if k not in ("lengths", "shard_of")}
+
+
+def read_layout(folder: Path, split: str, layout: Layout, written: Mapping[str, Any]) -> Layout:
+    """`layout` with the shards that are in `folder`, of which `written` is what `write_layout` returned."""
+    shard_of = np.load(folder / f"{split}.shards.npy", allow_pickle=False)
+    return replace(layout, num_shards=written["num_shards"], shard_of=shard_of)

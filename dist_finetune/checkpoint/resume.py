@@ -1,6 +1,7 @@
 """Where an existing run goes on: the newest checkpoint whose hashes hold and that is really this run's."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from dist_finetune.errors import UserError
 from dist_finetune.freeze import Manifest
 from dist_finetune.job import Job, Progress, identity
 from dist_finetune.models.card import Provenance
+from dist_finetune.verdict import why_again
 from dist_finetune.world import on_first
 
 SHOWN = 5
@@ -34,7 +36,8 @@ def find_start(job: Job, provenance: Provenance, fresh: bool) -> tuple[Checkpoin
     refuse_other_run(checkpoint, identity(job.plan, provenance), [phase.manifest for phase in job.plan.phases])
     progress = Progress(**checkpoint.state["progress"])
     progress.attempts += 1
-    job.report.say(f"going on from {folder.name} of {job.plan.total_steps} steps, attempt {progress.attempts}")
+    after = f", after {why_again()}" if why_again() else ""
+    job.report.say(f"going on from {folder.name} of {job.plan.total_steps} steps, attempt {progress.attempts}{after}")
     return checkpoint, progress
 
 
@@ -42,8 +45,8 @@ def _newest(job: Job) -> Path | None:
     folder = newest_complete(job.folder, job.report.say)
     if folder is None and checkpoint_folders(job.folder):
         raise UserError(
-            f"{job.folder}: none of its checkpoints is whole (`dist-finetune verify {job.folder}` says why). Bring the "
-            "files back, or start over with --fresh (the old folder is kept aside)."
+            f"{job.folder}: none of its checkpoints is whole (`dist-finetune verify {shlex.quote(str(job.folder))}` "
+            "says why). Bring the files back, or start over with --fresh (the old folder is kept aside)."
         )
     return folder
 

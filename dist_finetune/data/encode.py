@@ -15,6 +15,8 @@ from dist_finetune.data.words import count_labelled, encode_words
 from dist_finetune.errors import UserError
 from dist_finetune.plan import DataPlan, Plan
 
+CPU_TOKENS = 512  # of a pass on a CPU core: more is no faster a token, and batches of fewer rows have less padding
+
 Keep = Callable[[str, Dataset, Callable[[], TextRows]], TextRows]
 """`keep(split, table, encode)`: the tokens of a table, from where they are kept or from `encode`."""
 
@@ -105,4 +107,5 @@ def _text_rows(
         task=data.task,
         classes=data.classes,
         num_targets=count_labelled(encoded) if is_tagged else None,
+        pass_tokens=CPU_TOKENS if device == "cpu" else None,
     )

@@ -1,10 +1,14 @@
 """Encoded rows of a split together with how they make batches, and the loader that feeds one rank's steps."""
 
-from collections.abc import Callable, Iterator, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
@@ -14,6 +18,8 @@ from dist_finetune.tasks.names import TaskName
 from dist_finetune.world import World
 
 Batch = dict[str, Any]
+NUM_AHEAD = 4
+"""Batches that are ready before they are asked for: a worker's, or where there is none those of a thread on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,8 @@ class Rows:
     classes: tuple[str, ...] = ()
     num_targets: NDArray[np.int64] | None = None
     """Targets of each row that a loss counts; None: one each."""
+    pass_tokens: int | None = None
+    """Tokens that a pass without gradients takes at most, padding among them; None: its rows alone are counted."""
 
     @property
     def num_rows(self) -> int:
@@ -42,20 +50,65 @@ class Rows:
 
     def evaluation_batches(self, batch_size: int, world: World) -> list[MicroBatch]:
         """This rank's evaluation batches; see `batches.evaluation_batches`."""
-        return batches.evaluation_batches(self.num_rows, batch_size, world.rank, world.world_size, self.lengths)
+        return batches.evaluation_batches(
+            self.num_rows, batch_size, world.rank, world.world_size, self.lengths, self.pass_tokens
+        )
 
     def training_batches(self, steps: Sequence[StepBatch]) -> Iterator[Batch]:
         """The collated micro-batches of `steps`, in order. Augmented images are drawn for (epoch, row)."""
-        return iter(
-            DataLoader(
-                self.dataset,
-                batch_sampler=_Keys(steps, self.pass_epoch),
-                collate_fn=self.collate,
-                num_workers=self.num_workers,
-                pin_memory=self.num_workers > 0,
-                prefetch_factor=4 if self.num_workers else None,
-            )
+        return self.batches_of(_Keys(steps, self.pass_epoch))
+
+    def batches_of(self, keys: Iterable[list[Any]]) -> Iterator[Batch]:
+        """The collated batches of lists of dataset keys, in order; for a GPU in pinned memory, and made ahead."""
+        for_gpu = torch.cuda.is_available()
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=keys,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            pin_memory=for_gpu,
+            prefetch_factor=NUM_AHEAD if self.num_workers else None,
         )
+        return ahead(loader, torch.cuda.current_device()) if for_gpu and not self.num_workers else iter(loader)
+
+
+def ahead(batches: Iterable[Batch], device: int | None = None, num_ahead: int = NUM_AHEAD) -> Iterator[Batch]:
+    """`batches`, in order, made by a thread that is up to `num_ahead` of them ahead; what it raises is raised here.
+
+    The thread pins memory for the GPU number `device`. It ends with the batches, or with who iterates over them.
+    """
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(num_ahead)
+    over = threading.Event()
+
+    def put(kind: str, value: Any) -> None:
+        while not over.is_set():
+            with suppress(queue.Full):
+                ready.put((kind, value), timeout=0.1)
+                return
+
+    def make() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            for batch in batches:
+                put("batch", batch)
+                if over.is_set():
+                    return
+            put("end", None)
+        except Exception as error:
+            put("error", error)
+
+    threading.Thread(target=make, name="batches", daemon=True).start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+    finally:
+        over.set()
 
 
 @dataclass(frozen=True)

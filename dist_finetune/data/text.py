@@ -44,9 +44,10 @@ class TextRows(torch.utils.data.Dataset[dict[str, Any]]):
         return np.diff(self.offsets).astype(np.int32)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")  # the slices below would give an empty row
-        index = int(index) % len(self)
+        num_rows = len(self.offsets) - 1
+        if not -num_rows <= index < num_rows:
+            raise IndexError(f"row {index} of {num_rows}")  # the slices below would give an empty row
+        index = index % num_rows
         span = slice(self.offsets[index], self.offsets[index + 1])
         row: dict[str, Any] = {"input_ids": self.input_ids[span]}
         if self.labels_are_of_tokens:
@@ -137,23 +138,23 @@ def collate_text(
     T is the longest row rounded up to `multiple_of`, but never above `max_length`. `padding_side` is the tokenizer's:
     models that read the last token, such as XLNet, need "left".
     """
-    longest = max(len(row["input_ids"]) for row in rows)
+    lengths = np.asarray([len(row["input_ids"]) for row in rows])
+    longest = int(lengths.max())
     width = -(-longest // multiple_of) * multiple_of
     if max_length is not None:
         width = max(longest, min(width, max_length))
-    columns = {"input_ids": np.full((len(rows), width), pad_token_id, np.int64)}
-    columns["attention_mask"] = np.zeros((len(rows), width), np.int64)
+    places = np.arange(width)
+    is_token = places < lengths[:, None] if padding_side == "right" else places >= width - lengths[:, None]
+
+    def padded(name: str, padding: int) -> NDArray[np.int64]:
+        column = np.full(is_token.shape, padding, np.int64)
+        column[is_token] = np.concatenate([row[name] for row in rows])
+        return column
+
+    columns = {"input_ids": padded("input_ids", pad_token_id), "attention_mask": is_token.astype(np.int64)}
     if "token_type_ids" in rows[0]:
-        columns["token_type_ids"] = np.zeros((len(rows), width), np.int64)
-    of_tokens = np.full((len(rows), width), IGNORED_LABEL, np.int64) if "token_labels" in rows[0] else None
-    for i, row in enumerate(rows):
-        length = len(row["input_ids"])
-        span = slice(0, length) if padding_side == "right" else slice(width - length, width)
-        columns["input_ids"][i, span] = row["input_ids"]
-        columns["attention_mask"][i, span] = 1
-        if "token_type_ids" in columns:
-            columns["token_type_ids"][i, span] = row["token_type_ids"]
-        if of_tokens is not None:
-            of_tokens[i, span] = row["token_labels"]
+        columns["token_type_ids"] = padded("token_type_ids", 0)
     inputs: dict[str, Tensor] = {name: torch.from_numpy(column) for name, column in columns.items()}
-    return {"inputs": inputs, "labels": stacked_labels(rows) if of_tokens is None else torch.from_numpy(of_tokens)}
+    if "token_labels" in rows[0]:
+        return {"inputs": inputs, "labels": torch.from_numpy(padded("token_labels", IGNORED_LABEL))}
+    return {"inputs": inputs, "labels": stacked_labels(rows)}

@@ -4,6 +4,8 @@
 optimizer and gradient partitions of all ranks really hold.
 """
 
+import contextlib
+import importlib
 import logging
 import os
 import warnings
@@ -25,6 +27,9 @@ from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
 from dist_finetune.world import World, sum_over_ranks
 
+CUT_AS_THEY_ARRIVE = ("zero3", "fsdp")
+"""Strategies under which no device ever holds the whole model."""
+
 
 def open_accelerator(plan: Plan, phase: PhasePlan, world: World) -> Any:
     """An Accelerator set up from the plan alone, before the model loads; settings of the launcher stay out.
@@ -45,8 +50,8 @@ def open_accelerator(plan: Plan, phase: PhasePlan, world: World) -> Any:
         GradientState._reset_state()
         settings = plan.deepspeed[phase.index]
         if settings is None:
-            # buffers are ours to keep alike, see engine/statistics.py
-            own = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+            # buffers are ours to keep alike, see engine/statistics.py; gradients lie in DDP's buckets, not beside them
+            own = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
             accelerator = Accelerator(cpu=world.device.type == "cpu", kwargs_handlers=own)
             seen = {"Accelerate": accelerator.num_processes}
         else:
@@ -55,6 +60,7 @@ def open_accelerator(plan: Plan, phase: PhasePlan, world: World) -> Any:
 
             # Its C++ op would be compiled at start-up, and crashes where no compiler is; gloo does the same work.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            _import_without_compiling("deepspeed.runtime.zero.muon.muon_optimizer")
             plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
             backend = "nccl" if world.device.type == "cuda" else "gloo"
             accelerator = Accelerator(
@@ -73,6 +79,21 @@ def open_accelerator(plan: Plan, phase: PhasePlan, world: World) -> Any:
     return accelerator
 
 
+def _import_without_compiling(module: str) -> None:
+    """For DeepSpeed's Muon optimizer: ZeRO imports it at its first step, whatever the optimizer is, and as it loads it
+    hands functions to torch.compile, which costs a second of imports for nothing."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        with contextlib.suppress(ImportError):  # other versions of DeepSpeed lack it
+            importlib.import_module(module)
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
 def _scrub_environment() -> None:
     for name in scrubbed(os.environ):
         del os.environ[name]
@@ -88,10 +109,14 @@ def shard(
     """
     check_frozen_flags(model, phase.manifest)
     _check_optimizer(model, optimizer, phase.manifest)
-    model.to(world.device)
+    if plan.strategy not in CUT_AS_THEY_ARRIVE:
+        model.to(world.device)
     if world.device.type == "cuda" and world.world_size > 1:
         synchronise_batchnorm(model, phase.manifest)
     prepare_blocks(model, plan, phase)
+    settings = plan.deepspeed[phase.index]
+    if plan.strategy == "zero3" and settings is not None:
+        _cut_for_zero3(model, settings, world.device)
     engine: Engine
     if plan.strategy == "fsdp":  # torch's own; Accelerate would leave it out on the CPU, without a word
         engine = FsdpEngine(model, optimizer, plan, phase, world.device)
@@ -109,6 +134,16 @@ def shard(
             engine = ZeroEngine(wrapped, model, plan, accelerator)
     _check_held(engine, plan.strategy, phase.manifest, world)
     return engine
+
+
+def _cut_for_zero3(model: nn.Module, settings: dict[str, Any], device: torch.device) -> None:
+    """Moves each parameter to the device and keeps this rank's share of it, one after the other. DeepSpeed's engine by
+    itself would move the whole model first, which a device need not have room for."""
+    import deepspeed
+
+    deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, manifest: Manifest) -> None:

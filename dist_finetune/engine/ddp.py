@@ -22,7 +22,7 @@ class DdpEngine:
     def __init__(self, wrapped: nn.Module, module: nn.Module, optimizer: Any, plan: Plan, accelerator: Any) -> None:
         self.module = module
         self._wrapped, self._optimizer, self._accelerator = wrapped, optimizer.optimizer, accelerator
-        self._max_grad_norm = plan.spec.train.max_grad_norm or float("inf")
+        self._max_grad_norm = plan.spec.train.max_grad_norm
         self._autocast, self.loss_scale = autocast_of(plan), LossScale(plan)
 
     @property
@@ -39,8 +39,11 @@ class DdpEngine:
             self.loss_scale.apply(loss).backward()
 
     def step(self) -> torch.Tensor | float:
-        self.loss_scale.unscale([p.grad for p in self._parameters() if p.grad is not None])
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters(), self._max_grad_norm)
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        self.loss_scale.unscale(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._max_grad_norm:  # without a limit nothing is multiplied, not even by 1
+            torch.nn.utils.clip_grads_with_norm_(self._parameters(), self._max_grad_norm, norm)
         if self.loss_scale.allows_step(norm):
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

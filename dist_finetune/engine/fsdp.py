@@ -145,7 +145,8 @@ def shard_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, names: l
 
 
 def shard_model(model: nn.Module, plan: Plan, phase: PhasePlan, device: torch.device) -> None:
-    """Cuts the parameters of `model` in place: a group for each block of the structure map, the root last."""
+    """Moves the parameters of `model` to the device and cuts them in place, group by group: one for each block of the
+    structure map, the root last."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = OffloadPolicy()
     if plan.spec.shard.offload == "parameters":
@@ -160,6 +161,8 @@ def shard_model(model: nn.Module, plan: Plan, phase: PhasePlan, device: torch.de
         if any(p not in left_out for m in group for p in m.parameters()):  # a cached prefix has left its blocks empty
             _shard(group, mesh, policy, left_out)
     _shard(model, mesh, policy, left_out)
+    for tensor in (*left_out, *model.buffers()):
+        tensor.data = tensor.data.to(device)
 
 
 def _shard(part: nn.Module | list[nn.Module], mesh: DeviceMesh, policy: OffloadPolicy, left_out: set[Any]) -> None:

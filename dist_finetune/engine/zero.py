@@ -29,6 +29,10 @@ class ZeroEngine:
         self._stage = int(plan.strategy.removeprefix("zero"))
         self._zero = engine.optimizer
         self.loss_scale = LossScale(plan)
+        self._is_scaled = plan.precision == "fp16"
+        # DeepSpeed's own scaler leaves out a step on the rank whose gradients overflowed, and no other; it also clips
+        # before it takes the scale off. A scale that it is given is known to its clipping and to its global norm.
+        self._zero.torch_autocast_gradscaler = None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -39,11 +43,15 @@ class ZeroEngine:
         return forward_logits(self._engine, inputs).float()
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
+        if self._is_scaled:
+            self._zero.override_loss_scale(self.loss_scale.scale)
         self._engine.backward(loss, scale_wrt_gas=False)  # the loss is already divided by the global batch's real count
 
     def step(self) -> torch.Tensor | float:
         self._engine.step()
         norm: torch.Tensor | float = self._engine.get_global_grad_norm()
+        if self._is_scaled:
+            self.loss_scale.allows_step(torch.as_tensor(norm))  # not finite: DeepSpeed has left out the step
         return norm
 
     def predict(self, inputs: Inputs) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_finetune.data.loading import Batch
+from dist_finetune.engine.base import Inputs
 from dist_finetune.errors import UserError, did_you_mean
 from dist_finetune.evaluate import to_device
 from dist_finetune.features.pooling import pooled
@@ -104,11 +105,16 @@ class Capture:
 
     def features(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         """float32 (B, D) on the CPU for each depth, by label; D may differ between depths."""
-        inputs: Any = to_device(batch["inputs"], device)
+        with torch.inference_mode():
+            found = self.run(to_device(batch["inputs"], device), len(batch["labels"]))
+        return {label: features.cpu() for label, features in found.items()}
+
+    def run(self, inputs: Inputs, num_rows: int) -> dict[str, Tensor]:
+        """The same of `num_rows` inputs on the model's device, and left there."""
         self._seen, self._calls = {}, {}
         self._mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
-        self._num_rows = len(batch["labels"])
-        with torch.inference_mode(), suppress(_Enough):
+        self._num_rows = num_rows
+        with suppress(_Enough):
             forward_logits(self._model, inputs)
         missing = [depth.label for depth in self._depths if depth.label not in self._seen]
         if missing:
@@ -116,7 +122,7 @@ class Capture:
                 f"features.at: {type(self._model).__name__} did not run the modules of {', '.join(missing)}; "
                 "leave these depths out"
             )
-        return {depth.label: self._seen[depth.label].cpu() for depth in self._depths}
+        return {depth.label: self._seen[depth.label] for depth in self._depths}
 
     def _hook(self, depth: Depth, structure: Structure) -> None:
         if depth.label == HEAD:

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from dist_finetune.data.batches import evaluation_batches
 from dist_finetune.data.loading import Rows
@@ -33,7 +32,8 @@ class Shard:
 
 def plan_shards(rows: Rows, batch_size: int) -> list[Shard]:
     """The shards of a split: a function of its rows and the batch size alone."""
-    batches = [micro.ids for micro in evaluation_batches(rows.num_rows, batch_size, 0, 1, rows.lengths)]
+    cut = evaluation_batches(rows.num_rows, batch_size, 0, 1, rows.lengths, rows.pass_tokens)
+    batches = [micro.ids for micro in cut]
     size = min(MAX_BATCHES_A_SHARD, max(1, len(batches) // SHARDS_A_SPLIT))
     cuts = range(0, len(batches), size)
     return [Shard(number, tuple(batches[start : start + size])) for number, start in enumerate(cuts)]
@@ -82,13 +82,4 @@ def _features(
 
 def _batches(rows: Rows, shards: list[Shard]) -> Iterator[dict[str, Tensor]]:
     """One loader over all shards, so that its workers and its prefetching span them."""
-    listed = [ids.tolist() for shard in shards for ids in shard.batches]
-    return iter(
-        DataLoader(
-            rows.dataset,
-            batch_sampler=listed,
-            collate_fn=rows.collate,
-            num_workers=rows.num_workers if listed else 0,
-            pin_memory=rows.num_workers > 0,
-        )
-    )
+    return rows.batches_of([ids.tolist() for shard in shards for ids in shard.batches])

@@ -10,12 +10,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from dist_finetune.features.depths import HEAD
+from dist_finetune.features.headed import BEST, HEADS, KERNEL, LINEAR
 from dist_finetune.features.heads import HeadFit
 from dist_finetune.features.job import FeatureJob
 from dist_finetune.features.results import HeadResult, plot_results
 from dist_finetune.run_folder import environment, write_json
 
 Found = tuple[HeadFit, HeadResult]
+
+
+def best_of(found: Sequence[Found]) -> Found:
+    """The best by cross-validation; of equals the one that can be a model's own last layer, then the first."""
+    return max(found, key=lambda pair: (pair[1].cv_accuracy, pair[0].depth == HEAD and pair[0].linear is not None))
 
 
 @dataclass(frozen=True)
@@ -28,10 +35,10 @@ class FeatureSummary:
     best: HeadResult
     """By cross-validation on training rows, so that its validation accuracy is that of unseen rows."""
     folded: HeadResult | None
-    """The linear head inside model/; None where there is no model/."""
+    """The linear head inside model/; None where there is no model/. Not always the best, see `keep`."""
     folded_note: str
     num_rows_predicted_alike: int
-    """Validation rows that model/ and its head were both run on, with equal predictions."""
+    """Validation rows that the run's model and its best head were both run on, with equal predictions."""
     results: tuple[HeadResult, ...]
     features: str
     """Folder of the extracted features."""
@@ -71,21 +78,22 @@ def write_start_files(job: FeatureJob) -> None:
 
 def write_heads(job: FeatureJob, found: Sequence[Found], best: HeadResult) -> None:
     """heads/: every linear head as tensors, the best RBF SVM with skops; features.svg."""
-    folder = job.folder / "heads"
+    folder = job.folder / HEADS
     folder.mkdir(exist_ok=True)
+    (folder / BEST).unlink(missing_ok=True)  # of an earlier, interrupted start
     tensors = {}
     for fit, _ in found:
         if fit.linear is not None:
             tensors[f"{fit.depth}/{fit.kind}/weight"] = torch.from_numpy(fit.linear.weight).contiguous()
             tensors[f"{fit.depth}/{fit.kind}/bias"] = torch.from_numpy(fit.linear.bias).contiguous()
     if tensors:
-        save_file(tensors, folder / "linear.safetensors")
+        save_file(tensors, folder / LINEAR)
     kernels = [pair for pair in found if pair[0].linear is None]
     if kernels:
         import skops.io
 
-        fit, _ = max(kernels, key=lambda pair: pair[1].cv_accuracy)
-        skops.io.dump(fit.estimator, folder / "rbf-svm.skops")
+        fit, _ = best_of(kernels)
+        skops.io.dump(fit.estimator, folder / KERNEL)
         write_json(
             folder / "rbf-svm.json",
             {"depth": fit.depth, "temperature": fit.temperature, "pool": job.plan.spec.features.pool},

@@ -8,7 +8,7 @@ from torch import nn
 from dist_finetune.engine.base import Inputs
 from dist_finetune.errors import TrainingError
 from dist_finetune.evaluate import to_device
-from dist_finetune.features.depths import HEAD, head_linear
+from dist_finetune.features.depths import head_linear
 from dist_finetune.features.extract import plan_shards
 from dist_finetune.features.heads import HeadFit, LinearHead
 from dist_finetune.features.job import FeatureJob
@@ -57,12 +57,13 @@ def fold_head(structure: Structure, model: nn.Module, head: LinearHead) -> None:
         linear.bias.copy_(torch.from_numpy(head.bias))
 
 
-def verify_folded(job: FeatureJob, fit: HeadFit, split: str) -> Agreement:
-    """Runs the folded model over a split and compares its predictions with those of `fit` row by row. Collective.
+def verify_predictions(job: FeatureJob, model: nn.Module, fit: HeadFit, split: str) -> Agreement:
+    """Runs a model that has the head `fit` over a split and compares its predictions with the head's own on stored
+    features, row by row. Collective.
 
     Raises TrainingError where a row differs that is no tie: the model then computes more than its last layer shows.
     """
-    found = gather_objects(together(lambda: _compare(job, fit, split)))
+    found = gather_objects(together(lambda: _compare(job, model, fit, split)))
     return Agreement(
         sum(part.num_rows for part in found),
         sum(part.num_equal for part in found),
@@ -70,30 +71,30 @@ def verify_folded(job: FeatureJob, fit: HeadFit, split: str) -> Agreement:
     )
 
 
-def _compare(job: FeatureJob, fit: HeadFit, split: str) -> Agreement:
+def _compare(job: FeatureJob, model: nn.Module, fit: HeadFit, split: str) -> Agreement:
     rows, world = job.splits[split], job.world
     num_rows = num_equal = 0
     largest = 0.0
     for shard in plan_shards(rows, job.store.key.batch_size)[world.rank :: world.world_size]:
-        _, features, _ = job.store.shard(split, shard.number, HEAD)
+        _, features, _ = job.store.shard(split, shard.number, fit.depth)
         expected = torch.from_numpy(fit.scores(features))
         batches = (rows.collate([rows.dataset[int(i)] for i in ids]) for ids in shard.batches)
-        given = torch.cat([_logits(job, batch["inputs"]) for batch in batches])
+        given = torch.cat([_logits(job, model, batch["inputs"]) for batch in batches])
         best = expected.topk(2, dim=1).values
         is_tie = best[:, 0] - best[:, 1] <= TIE[job.plan.precision] * expected.abs().max()
         equal = given.argmax(dim=1) == expected.argmax(dim=1)
         if not (equal | is_tie).all():
             row = int(shard.ids[int((~(equal | is_tie)).nonzero()[0])])
             raise TrainingError(
-                f"model/ is not written: with the {fit.kind} head in it, the model predicts another class for "
-                f"row {row} of {split} than the head itself does, so its head is more than one linear layer"
+                f"no model is written: with the {fit.kind} head of {fit.depth} on it, the network predicts another "
+                f"class for row {row} of {split} than the head itself does, so its head is more than one linear layer"
             )
         num_rows, num_equal = num_rows + len(equal), num_equal + int(equal.sum())
         largest = max(largest, float((given - expected).abs().max()))
     return Agreement(num_rows, num_equal, largest)
 
 
-def _logits(job: FeatureJob, inputs: Inputs) -> torch.Tensor:
+def _logits(job: FeatureJob, model: nn.Module, inputs: Inputs) -> torch.Tensor:
     autocast = torch.autocast(job.world.device.type, torch.bfloat16, enabled=job.plan.precision == "bf16")
     with torch.inference_mode(), autocast:
-        return forward_logits(job.model, to_device(inputs, job.world.device)).double().cpu()
+        return forward_logits(model, to_device(inputs, job.world.device)).double().cpu()

@@ -22,6 +22,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 
+from dist_finetune.errors import UserError
 from dist_finetune.spec_features import HeadKind
 
 Matrix = NDArray[Any]  # (N, D) features or (N, C) scores
@@ -106,7 +107,7 @@ def choose_c(
 
     Uses at most MAX_CV_ROWS rows. Of equally good values the smallest (the most regularised) wins.
     """
-    rows = np.random.default_rng(seed).permutation(len(labels))[:MAX_CV_ROWS]
+    rows = _cv_rows(labels, seed)
     features, labels = features[rows].astype(np.float64), labels[rows]
     found: list[tuple[float, float, Matrix]] = []
     for value in grid or GRIDS[kind]:
@@ -128,9 +129,34 @@ def out_of_fold(estimator: Any, features: Matrix, labels: Labels, num_classes: i
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         splits = list(folds.split(features, labels))
     for rest, held in splits:
+        known = np.unique(labels[rest])
+        if len(known) == 1:  # the other class has one row, which is held out: there is nothing to tell apart
+            scores[held, known[0]] = 0.0
+            continue
         _fit(estimator, features[rest], labels[rest])
         scores[held] = class_scores(estimator, features[held], num_classes)
     return scores
+
+
+def require_rows(labels: Sequence[int]) -> None:
+    """Raises UserError where cross-validation has nothing to compare: it takes two classes with two rows or more."""
+    if np.sum(np.bincount(labels) > 1) < 2:
+        raise UserError(
+            f"data.train: heads are compared by cross-validation, which takes two classes with two rows or more; of "
+            f"{len(np.unique(labels))} classes in {len(labels)} rows, {int(np.sum(np.bincount(labels) > 1))} have that"
+        )
+
+
+def _cv_rows(labels: Labels, seed: int) -> NDArray[np.int64]:
+    """Numbers of at most MAX_CV_ROWS rows, shuffled; of many rows some of each class, however rare it is."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    if len(order) <= MAX_CV_ROWS:
+        return order
+    by_class = np.argsort(labels[order], kind="stable")
+    starts = np.searchsorted(labels[order][by_class], labels[order])
+    rank = np.empty(len(order), np.int64)
+    rank[by_class] = np.arange(len(order))
+    return order[np.argsort(rank - starts >= NUM_FOLDS, kind="stable")][:MAX_CV_ROWS]
 
 
 def make_head(kind: HeadKind, value: float, weight: ClassWeight, seed: int) -> Pipeline:
@@ -189,9 +215,12 @@ def _fit(estimator: Any, features: Matrix, labels: Labels) -> bool:
 
 
 def heads_for(kinds: Sequence[HeadKind], num_rows: int) -> tuple[tuple[HeadKind, ...], tuple[str, ...]]:
-    """The heads that so many training rows allow, and a note for each that they don't."""
-    notes = []
-    if "rbf-svm" in kinds and num_rows > MAX_RBF_ROWS:
-        notes.append(f"rbf-svm left out: {num_rows:,} training rows, it takes up to {MAX_RBF_ROWS:,}")
-        kinds = [kind for kind in kinds if kind != "rbf-svm"]
-    return tuple(kinds), tuple(notes)
+    """The heads that so many training rows allow, and a note for each that they don't. Raises UserError where none is
+    left."""
+    if "rbf-svm" not in kinds or num_rows <= MAX_RBF_ROWS:
+        return tuple(kinds), ()
+    limit = f"{num_rows:,} training rows, it takes up to {MAX_RBF_ROWS:,}"
+    left = tuple(kind for kind in kinds if kind != "rbf-svm")
+    if not left:
+        raise UserError(f"features.heads: rbf-svm: {limit}; add softmax or svm, or set data.max_rows")
+    return left, (f"rbf-svm left out: {limit}",)

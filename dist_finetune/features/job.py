@@ -11,20 +11,23 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dist_finetune.cache.tokens import encode_once
+from dist_finetune.data.arrow import column_values
 from dist_finetune.data.loading import Rows
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.data.text import TextRows
 from dist_finetune.errors import UserError
 from dist_finetune.features.depths import Capture, Depth, find_depths
 from dist_finetune.features.extract import extract_split
+from dist_finetune.features.heads import require_rows
 from dist_finetune.features.store import FeatureKey, Store, key_value
 from dist_finetune.models.card import Provenance
 from dist_finetune.models.sources import load_tokenizer
-from dist_finetune.plan import Plan, local_topology, plan_run
+from dist_finetune.plan import Plan, plan_run
 from dist_finetune.report import PLAIN_LINE_EVERY_S, Reporter
-from dist_finetune.spec import FreezeSpec, Spec, TrainSpec
+from dist_finetune.spec import CacheSpec, FreezeSpec, Spec, TrainSpec
 from dist_finetune.stage import load_base
 from dist_finetune.tasks.names import require_classification
+from dist_finetune.topology import local_topology
 from dist_finetune.world import World, gather_objects, on_first, require_same, together
 
 CUDA_BATCH_SIZE = 128
@@ -79,9 +82,11 @@ def refuse_idle_settings(spec: Spec) -> None:
 
 
 def class_tables(spec: Spec, what: str) -> Tables:
-    """The splits of a spec. Raises UserError where `what`, which compares classes, is asked of data without any."""
+    """The splits of a spec. Raises UserError where `what`, which compares classes, is asked of data without any, or
+    with too few rows of them."""
     tables = read_tables(spec.data, spec.train.seed, task=spec.label_task)
     require_classification(tables.task, what, tables.columns.label)
+    require_rows(column_values(tables.train, "label"))
     return tables
 
 
@@ -133,7 +138,8 @@ def _frozen(spec: Spec, world: World) -> Spec:
         seed=spec.train.seed, precision=spec.train.precision, global_batch_size=world.world_size, warmup=0
     )
     data = spec.data.model_copy(update={"augment": False})
-    return spec.model_copy(update={"freeze": FreezeSpec(), "phases": (), "train": train, "data": data})
+    bare = {"freeze": FreezeSpec(), "phases": (), "train": train, "data": data, "cache": CacheSpec(mode="off")}
+    return spec.model_copy(update={**bare, "task": "features"})  # which `advise` is, too, as long as it measures
 
 
 def _try_out(model: nn.Module, plan: Plan, depths: tuple[Depth, ...], rows: Rows, world: World) -> None:
@@ -160,6 +166,7 @@ def _key(
         pool=spec.features.pool,
         precision=plan.precision,
         batch_size=batch_size,
+        pass_tokens=splits["train"].pass_tokens,
     )
 
 

@@ -37,6 +37,8 @@ class FeatureKey:
     pool: str
     precision: str
     batch_size: int
+    pass_tokens: int | None = None
+    """Tokens of a batch at most, padding among them."""
 
     @property
     def digest(self) -> str:

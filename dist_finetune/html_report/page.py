@@ -1,5 +1,6 @@
 """report.html of one run, and a page that compares several."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def write_comparison(folders: Sequence[Path], to: Path) -> Path:
         if record.is_features:
             raise UserError(
                 f"{record.folder} extracted features and has no curves to compare; make its page alone: "
-                f"dist-finetune report {record.folder}"
+                f"dist-finetune report {shlex.quote(str(record.folder))}"
             )
     return _write(to, _render_comparison(records))
 

@@ -28,6 +28,8 @@ class RunEvaluation:
     folder: Path
     step: int | None
     """Optimizer step of the model; None where summary.json does not say, as of a head fitted on features."""
+    head: str | None
+    """The best head of a feature run, such as `svm at block 3`, where it is not the last layer of model/."""
     data: str
     task: TaskName
     num_rows: int
@@ -62,7 +64,8 @@ class RunEvaluation:
         width = max(len(name) for name in (kind, *(score.name for score in self.classes)))
         table = [f"{kind:<{width}} {'true' if kind == 'entity' else 'rows':>7} {'precision':>9} {'recall':>7}"]
         table += [f"{c.name:<{width}} {c.num_rows:>7,} {c.precision:>9.3f} {c.recall:>7.3f}" for c in self.classes]
-        head = f"{self.folder / 'model'} on {self.data} ({self.num_rows:,} rows; {where})"
+        model = f"{self.folder}, {self.head}," if self.head else self.folder / "model"
+        head = f"{model} on {self.data} ({self.num_rows:,} rows; {where})"
         return "\n".join([head, values, *(table if self.classes else ())])
 
 
@@ -83,6 +86,7 @@ def evaluate_run(folder: Path, data: str | None = None, split: Split | None = No
         found = RunEvaluation(
             folder=folder,
             step=read_summary(folder).get("kept_step"),
+            head=run.best_head.name if run.best_head else None,
             data=name,
             task=rows.task,
             num_rows=rows.num_rows,

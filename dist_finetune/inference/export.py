@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from dist_finetune.errors import UserError
+from dist_finetune.features.headed import BODY, BestHead, read_best
 from dist_finetune.inference.saved_run import find_model, open_run
 from dist_finetune.models import saved
 from dist_finetune.models.card import ModelCard, Source
@@ -41,8 +42,11 @@ def export_run(run: Path, to: Format, out: Path | None = None) -> Exported:
     model = find_model(run)
     trusted = load_spec(run / "config.yaml").model.trust_remote_code
     card = describe_model(ModelSpec(name=str(model), trust_remote_code=trusted))
+    best = read_best(run)
     if card.source not in FITS[to]:
         raise UserError(_unfit(model, card, to))
+    if best and (to == "onnx" or model.name == BODY):
+        _require_fit(best, to, run)
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is there already; name a new folder, or remove it first")
     try:
@@ -53,7 +57,24 @@ def export_run(run: Path, to: Format, out: Path | None = None) -> Exported:
     except OSError as error:
         raise UserError(f"{out or run}: can't be written: {error.strerror or error}") from None
     task, _ = exported_for(card, model)
-    return Exported(out or model, _how_to_load(card, task, to, out or model))
+    notes = (f"this is not the best head of the run, {best.name}, which predict and evaluate run",) if best else ()
+    return Exported(out or model, _how_to_load(card, task, to, out or model), notes)
+
+
+def _require_fit(best: BestHead, to: Format, run: Path) -> None:
+    """Raises UserError where the best head can't be part of a model of the format, and no other head is."""
+    if to != "onnx":
+        library = {"hf": "transformers", "timm": "timm"}[to]
+        other = "use --to onnx, or " if best.is_linear else ""
+        raise UserError(
+            f"--to {to}: the best head of {run} is {best.name}, and {library} has no model with a head there; {other}"
+            "run features with head in features.at and softmax or svm in features.heads"
+        )
+    if not best.is_linear:
+        raise UserError(
+            f"--to onnx: the best head of {run} is {best.name}, which scikit-learn computes; run features with "
+            "heads: [softmax, svm] for one that can be exported"
+        )
 
 
 def _onnx(run: Path, out: Path | None) -> Exported:

@@ -19,11 +19,13 @@ from dist_finetune.data.loading import Rows
 from dist_finetune.engine.base import Inputs
 from dist_finetune.engine.precision import autocast_in
 from dist_finetune.errors import UserError
+from dist_finetune.features.headed import BODY, HEADS, BestHead, read_best, with_best_head
 from dist_finetune.models.export import load_exported
+from dist_finetune.models.order import structure_for
 from dist_finetune.models.saved import image_of
 from dist_finetune.models.sources import forward_logits, load_tokenizer
 from dist_finetune.plan import DataPlan
-from dist_finetune.run_folder import read_summary
+from dist_finetune.run_folder import read_summary, resume_command
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec
 from dist_finetune.world import World, join_world, together
@@ -44,6 +46,8 @@ class SavedRun:
     eval_batch_size: int
     planned_precision: Precision
     planned_device: Literal["cpu", "cuda"]
+    best_head: BestHead | None = None
+    """Of a feature run whose best head is not the last layer of model/: `module` has it."""
 
     @property
     def columns(self) -> Columns:
@@ -84,6 +88,7 @@ def open_run(folder: Path) -> SavedRun:
     spec = load_spec(folder / "config.yaml")
     plan = _read_plan(folder)
     module, card, classes = load_exported(model_folder, spec.model.trust_remote_code)
+    best = read_best(folder)
     data = _data_plan(plan["data"])
     if (card.task, classes) != (data.task, data.classes):
         raise UserError(
@@ -95,11 +100,12 @@ def open_run(folder: Path) -> SavedRun:
         spec=spec,
         data=data,
         image=image_of(plan["card"]["image"]),
-        module=module,
+        module=with_best_head(folder, best, module, structure_for(module, card)) if best else module,
         tokenizer=load_tokenizer(card) if card.modality == "text" else None,
         eval_batch_size=plan["batches"]["eval_batch_size"],
         planned_precision=plan["precision"],
         planned_device=plan["topology"]["device"],
+        best_head=best,
     )
 
 
@@ -115,20 +121,21 @@ def opened_run(folder: Path) -> Iterator[tuple[SavedRun, World]]:
 
 
 def find_model(folder: Path) -> Path:
-    """RUN/model. Raises UserError where the run has none, saying what to do."""
-    model = folder / "model"
+    """RUN/model, or the network that the heads of a feature run are for. Raises UserError where the run has none,
+    saying what to do."""
+    model, body = folder / "model", folder / HEADS / BODY
     if not (folder / "config.yaml").exists():
         inside = folder.name == "model" and (folder.parent / "config.yaml").exists()
         hint = f"Write {folder.parent}." if inside else "Name the folder that `run` printed."
         raise UserError(f"{folder} is no run of this tool: it has no config.yaml. {hint}")
-    if model.is_dir():
-        return model
+    if model.is_dir() or body.is_dir():
+        return model if model.is_dir() else body
     summary = read_summary(folder)
     if summary.get("status") == "finished":
         why = str(summary.get("folded_note", "it was taken away")).removeprefix("none: ")
         raise UserError(f"{folder} is finished, and has no model/: {why}")
     state = summary.get("status", "unfinished")
-    raise UserError(f"{folder} has no model/ yet: the run is {state}. Go on with: dist-finetune resume {folder}")
+    raise UserError(f"{folder} has no model/ yet: the run is {state}. Go on with: {resume_command(folder)}")
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:

@@ -4,13 +4,16 @@ A process that guesses wrong here trains alone while it looks distributed, so an
 refused.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from dist_finetune.errors import UserError
 
 OWN_LAUNCHER = "DIST_FINETUNE_LAUNCHER"
+GPUS_PER_NODE = "DIST_FINETUNE_GPUS_PER_NODE"  # what `submit` asked for, written into the job script
 TORCH_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 ACCELERATE_PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 # Logging and CPU affinity change no number.
@@ -87,6 +90,48 @@ def torch_variables(launched: LaunchedAs) -> dict[str, str]:
             )
         return variables
     return {**variables, "MASTER_ADDR": launched.master_addr, "MASTER_PORT": str(launched.master_port)}
+
+
+def granted_gpus(env: Mapping[str, str]) -> tuple[int, str]:
+    """GPUs that this machine's part of the job was given by its scheduler, and which variable says so; else 0.
+
+    `CUDA_VISIBLE_DEVICES` that is empty or -1 (to SLURM NoDevFiles) hides them all on purpose, as does a job that was
+    submitted without any.
+    """
+    if env.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles"):
+        return 0, "CUDA_VISIBLE_DEVICES"
+    for name in (GPUS_PER_NODE, "SLURM_GPUS_ON_NODE"):
+        found = re.search(r"(\d+)$", env.get(name, ""))
+        if found:
+            return int(found[1]), name
+    return 0, ""
+
+
+def cpu_threads(launched: LaunchedAs, env: Mapping[str, str], num_cores: int) -> int:
+    """Threads of one rank where the config leaves them open: its share of the `num_cores` that it may run on.
+
+    SLURM says how many cores a task has, which need not be bound to them; a launcher in a task shares them out.
+    """
+    tasks, per_task = _tasks(env), env.get("SLURM_CPUS_PER_TASK", "")
+    if tasks is None or tasks.starter != "srun" or not per_task.isdigit():
+        return max(1, num_cores // launched.local_world_size)
+    ranks_per_task = 1 if launched.launcher == "srun" else launched.local_world_size
+    return max(1, min(num_cores, int(per_task)) // ranks_per_task)
+
+
+def set_by_user(name: str, launched: LaunchedAs) -> bool:
+    """Whether a variable of this process was there before its launcher started, rather than set by it.
+
+    torchrun (and so `accelerate launch`) sets OMP_NUM_THREADS=1 for several processes. Linux keeps the environment
+    that a process was started with.
+    """
+    if launched.launcher not in ("torchrun", "accelerate launch"):
+        return True
+    try:
+        before = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return True
+    return any(entry.startswith(f"{name}=".encode()) for entry in before)
 
 
 def refuse_run_in_many(env: Mapping[str, str]) -> None:

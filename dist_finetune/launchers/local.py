@@ -20,7 +20,7 @@ from types import FrameType
 
 from dist_finetune.errors import UserError
 from dist_finetune.launchers.environment import OWN_LAUNCHER
-from dist_finetune.launchers.rank_output import RankLog, copy_in_background, open_channel
+from dist_finetune.launchers.rank_output import RankLog, Warnings, copy_in_background, open_channel
 
 Worker = subprocess.Popen[bytes]
 
@@ -125,11 +125,12 @@ def _launch_once(
     """Whether a signal came, and the exit code of the whole job.
 
     That is 0 where all ranks end well, 75 where they stopped on a signal, else the code of the rank that failed first
-    (128 + N where signal N ended it). Rank 0 has the terminal; of the others only the message that ended the job is
-    shown, once and last. Every rank's output goes to `log_folder`/rank-N.txt, from when `log_folder_ready` says so.
-    Signals are handed on to all ranks.
+    (128 + N where signal N ended it). Rank 0 has the terminal; of the others warnings that rank 0 does not give are
+    shown, and the message that ended the job, once and last. Every rank's output goes to `log_folder`/rank-N.txt, from
+    when `log_folder_ready` says so. Signals are handed on to all ranks.
     """
     logs = [RankLog() for _ in range(world_size)]
+    warnings = Warnings(logs)
     workers: list[Worker] = []
     readers: list[tuple[int, int | None, RankLog]] = []
     with _forward_signals(workers) as received, _reserved_port() as port:
@@ -139,12 +140,13 @@ def _launch_once(
                 workers.append(_start(worker, rank_env, rank, log, readers))
             # Only now, as a process with threads should not fork.
             copying = [copy_in_background(*reader) for reader in readers]
-            failed = _wait(workers, logs, log_folder, log_folder_ready)
+            failed = _wait(workers, logs, warnings, log_folder, log_folder_ready)
         finally:
             _stop(workers)
     for thread in copying:
         # A helper process that outlives its worker may hold the pipe open.
         thread.join(timeout=2)
+    _show_warnings(warnings.new_lines(older_than_s=0))
     if log_folder_ready():
         _place(logs, log_folder)
     if failed is None:
@@ -249,7 +251,11 @@ def _forward_signals(workers: list[Worker]) -> Iterator[list[int]]:
 
 
 def _wait(
-    workers: list[Worker], logs: list[RankLog], log_folder: Path, log_folder_ready: Callable[[], bool]
+    workers: list[Worker],
+    logs: list[RankLog],
+    warnings: Warnings,
+    log_folder: Path,
+    log_folder_ready: Callable[[], bool],
 ) -> int | None:
     """The rank that failed first, or None; waits for all workers, or for a failure and what fails right after it."""
     placed, tick, deadline = False, 0, float("inf")
@@ -258,6 +264,7 @@ def _wait(
         if not placed and log_folder_ready():
             _place(logs, log_folder)
             placed = True
+        _show_warnings(warnings.new_lines())
         codes = [worker.poll() for worker in workers]
         for rank, code in enumerate(codes):
             if code not in (None, 0, EXIT_STOPPED) and rank not in failures:
@@ -269,6 +276,12 @@ def _wait(
         tick += 1
         time.sleep(POLL_S)
     return min(failures, key=lambda rank: failures[rank]) if failures else None
+
+
+def _show_warnings(lines: list[str]) -> None:
+    with contextlib.suppress(OSError):  # a terminal that is gone must not end the job
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
 
 
 def _place(logs: list[RankLog], folder: Path) -> None:

@@ -4,12 +4,20 @@ import contextlib
 import fcntl
 import os
 import pty
+import re
 import termios
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 HELD_BYTES = 1 << 20
 TAIL_BYTES = 1 << 16
+# As Python, logging, NCCL and torch's C++ part mark them.
+WARNING = re.compile(rb"(?i:warning:)|\bWARN(ING)?\b|\[W\d{4} ")
+WARNINGS_PER_RANK = 20
+# Ranks mostly warn of the same, and rank 0 should be the one that is heard.
+WAIT_FOR_FIRST_S = 1.0
 
 
 class RankLog:
@@ -23,6 +31,8 @@ class RankLog:
         self._tail = b""
         self._path: Path | None = None
         self._lock = threading.Lock()
+        self._line = b""
+        self._warnings: list[tuple[float, str]] = []
 
     def write(self, data: bytes) -> None:
         """Adds output; several readers may call this at once."""
@@ -32,6 +42,18 @@ class RankLog:
                 self._held = (self._held + data)[-HELD_BYTES:]
             else:
                 self._append(data)
+            *lines, self._line = (self._line + data).split(b"\n")
+            self._line = self._line[-TAIL_BYTES:]
+            found = [line.decode(errors="replace").strip() for line in lines if WARNING.search(line)]
+            self._warnings += [(time.monotonic(), line) for line in found]
+
+    def take_warnings(self, older_than_s: float) -> list[str]:
+        """Lines with warnings that came at least so long ago and were not taken before."""
+        with self._lock:
+            until_s = time.monotonic() - older_than_s
+            taken = [line for came_s, line in self._warnings if came_s <= until_s]
+            self._warnings = [(came_s, line) for came_s, line in self._warnings if came_s > until_s]
+        return taken
 
     def place(self, path: Path) -> None:
         """Writes what is held to the end of `path`, and all later output as well."""
@@ -50,6 +72,34 @@ class RankLog:
                 self._path.parent.mkdir(exist_ok=True)
                 with self._path.open("ab") as file:
                     file.write(data)
+
+
+class Warnings:
+    """Warnings of the ranks that have no terminal: each text once, and none that rank 0 has shown."""
+
+    def __init__(self, logs: Sequence[RankLog]) -> None:
+        self._logs = logs
+        self._seen: set[str] = set()
+        self._counts = [0] * len(logs)
+
+    def new_lines(self, older_than_s: float = WAIT_FOR_FIRST_S) -> list[str]:
+        """Lines to show, with the rank in front; those of the last `older_than_s` seconds wait for the next call."""
+        self._seen.update(map(_text_of, self._logs[0].take_warnings(0)))
+        shown = []
+        for rank, log in enumerate(self._logs[1:], 1):
+            for line in log.take_warnings(older_than_s):
+                if _text_of(line) in self._seen or self._counts[rank] > WARNINGS_PER_RANK:
+                    continue
+                self._seen.add(_text_of(line))
+                self._counts[rank] += 1
+                too_many = self._counts[rank] > WARNINGS_PER_RANK
+                shown.append(f"rank {rank}: " + ("further warnings are in its log" if too_many else line))
+        return shown
+
+
+def _text_of(line: str) -> str:
+    """A line without what differs between ranks: numbers of processes, ranks and times."""
+    return re.sub(r"\d+", "#", line)
 
 
 def open_channel(terminal_fd: int | None) -> tuple[int, int]:

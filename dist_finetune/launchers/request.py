@@ -37,6 +37,10 @@ def check_request(**options: Any) -> Request:
             f"--processes-per-node {request.processes_per_node} with {request.gpus_per_node} GPUs a node: each process "
             "has one GPU, so leave it out; --gpus-per-node 0 trains on CPUs"
         )
+    if request.gpu_memory_bytes is not None and not request.gpus_per_node:
+        raise UserError("--gpu-memory has no effect with --gpus-per-node 0, which trains on CPUs; leave it out")
+    if request.price and not request.gpus_per_node:
+        raise UserError("--price has no effect with --gpus-per-node 0: a price list is of GPUs; leave it out")
     if request.to != "slurm":
         for flag, value in (("--time", request.time), ("--partition", request.partition), ("--sweep", request.sweep)):
             if value:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_finetune.errors import UserError
+from dist_finetune.launchers.environment import GPUS_PER_NODE
 from dist_finetune.spec_launch import SlurmSpec
 
 # The slowest shared disk to be ready for, and what ends before a save: the running step, an evaluation.
@@ -43,6 +44,8 @@ class SlurmJob:
     folder: Path | None = None
     working_folder: Path | None = None
     by_hand_file: str = "slurm/train.sbatch"
+    join_timeout_s: float | None = None
+    """How long the first torchrun waits for those of the other nodes; None: torchrun's own ten minutes."""
 
     @property
     def is_array(self) -> bool:
@@ -148,6 +151,7 @@ def _environment(job: SlurmJob) -> list[str]:
     """Modules come before `set -u`, since their shell functions read unset variables."""
     lines = [f"module load {_quote(module)}" for module in job.site.modules]
     lines += ["set -uo pipefail", "", "export PYTHONUNBUFFERED=1"]
+    lines.append(f"export {GPUS_PER_NODE}={job.gpus_per_node}")
     lines += [f"export {name}={_quote(value)}" for name, value in job.site.env.items()]
     if job.site.offline:
         lines.append("export HF_HUB_OFFLINE=1          # only what `dist-finetune prepare` fetched")
@@ -199,6 +203,8 @@ def _body(job: SlurmJob) -> str:
         "FIRST_PORT": str(FIRST_PORT),
         "NUM_PORTS": str(NUM_PORTS),
         "CONTAINER": "".join(f" {flag}" for flag in container),
+        "JOIN": f" --rdzv-conf=timeout={math.ceil(job.join_timeout_s)}" if job.join_timeout_s else "",
+        "NOTES": '"${config%/*}/.job-$job"' if job.configs else '"$PWD/.dist-finetune-job-$job"',
         "OVERRIDES": "" if job.configs else ' "$@"',
     }
     return re.sub(r"@([A-Z_]+)@", lambda found: values[found[1]], BODY).rstrip()
@@ -206,8 +212,11 @@ def _body(job: SlurmJob) -> str:
 
 BODY = r"""max_attempts=@MAX_ATTEMPTS@
 attempt=$((${SLURM_RESTART_COUNT:-0} + 1))
+# A task of an array is named by its number in it: the id of one of them is also that of the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 say() {
-    printf '%s job %s, attempt %s of %s: %s\n' "$(date +%FT%T)" "$SLURM_JOB_ID" "$attempt" "$max_attempts" "$1"
+    printf '%s job %s, attempt %s of %s: %s\n' "$(date +%FT%T)" "$job" "$attempt" "$max_attempts" "$1"
 }
 if [ "$attempt" -gt "$max_attempts" ]; then
     say "was queued again as often as launch.slurm.max_requeues allows; submit it again to go on"
@@ -222,6 +231,23 @@ while timeout 2 bash -c "exec 3<> /dev/tcp/$first_host/$port" 2> /dev/null; do
 done
 say "$SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST) meet at $first_host:$port"
 
+# torchrun turns every exit code into 1, so the first rank leaves a word: only a run that saved is queued again.
+verdict=@NOTES@.verdict
+# Why the attempt before ended: its own word, else what slurmstepd wrote into this log, such as DUE TO PREEMPTION.
+why=@NOTES@.why
+if [ "$attempt" -gt 1 ]; then
+    after=$(cat "$why" 2> /dev/null)
+    [ -n "$after" ] || after=$(
+        sed -n "/job $job, attempt $((attempt - 1)) of .* meet at/,\$p" "/proc/$$/fd/1" 2> /dev/null |
+            grep -o ' CANCELLED AT .* DUE TO [A-Z ]*[A-Z]' | tail -n 1 |
+            sed 's/.* DUE TO //; s/^JOB REQUEUE$/scontrol requeue/'
+    )
+    export DIST_FINETUNE_AFTER="${after:-a reason that SLURM did not write here}"
+    say "goes on after $DIST_FINETUNE_AFTER"
+fi
+rm -f "$verdict" "$why"
+export DIST_FINETUNE_VERDICT=$verdict
+
 stopped=
 signalled=
 watchdog=
@@ -231,7 +257,11 @@ on_time_limit() {
     kill -USR1 "$step"
     # A save that takes longer than planned must not end in TIMEOUT, from which SLURM does not come back.
     if [ "$attempt" -lt "$max_attempts" ]; then
-        { for ((i = 0; i < @GIVE_UP@; i++)); do sleep 1; done; scontrol requeue "$SLURM_JOB_ID"; } &
+        {
+            for ((i = 0; i < @GIVE_UP@; i++)); do sleep 1; done
+            echo "the time limit, before it had saved" > "$why"
+            scontrol requeue "$job"
+        } &
         watchdog=$!
     fi
 }
@@ -251,7 +281,6 @@ trap "[ \$last_words_s -gt 0 ] || last_words_s=@SHORT_WORDS@" TERM
 "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"
 code=$?
 [ "$code" -lt 128 ] || code=1
-[ "$code" -eq 0 ] || [ "$last_words_s" -lt @LAST_WORDS@ ] || code=75
 [ "$code" -eq 0 ] || [ "$SLURM_NODEID" -eq 0 ] || sleep "$last_words_s"
 exit "$code"'
 
@@ -259,7 +288,7 @@ exit "$code"'
 srun --nodes=@NUM_NODES@ --ntasks=@NUM_NODES@ --ntasks-per-node=1 --cpus-per-task=@CPUS@ \
     --kill-on-bad-exit=1 --input=none@CONTAINER@ \
     bash -c "$node" "$python" \
-    --nnodes=@NUM_NODES@ --nproc-per-node=@PROCESSES@ --master-addr="$first_host" --master-port="$port" \
+    --nnodes=@NUM_NODES@ --nproc-per-node=@PROCESSES@ --master-addr="$first_host" --master-port="$port"@JOIN@ \
     -m dist_finetune train "$config"@OVERRIDES@ &
 step=$!
 while true; do                   # a signal ends `wait` early
@@ -269,15 +298,26 @@ while true; do                   # a signal ends `wait` early
     [ -n "$signalled" ] || break
 done
 [ -z "$watchdog" ] || kill "$watchdog" 2> /dev/null
+word=$(cat "$verdict" 2> /dev/null)
+[ -e "$verdict" ] || word="not begun"
+rm -f "$verdict"
+if [ "$code" -ne 0 ]; then
+    case $word in
+        stopped) code=75 ;;
+        "not begun") [ -z "$stopped" ] || code=75 ;;
+        *) stopped= code=1 ;;    # a save that failed, or a rank that died, and would again
+    esac
+fi
 
 if [ "$code" -eq 0 ]; then
     say "finished"
 elif [ "$stopped" = "time limit" ] && [ "$attempt" -lt "$max_attempts" ]; then
     say "stopped at the time limit; queued again to go on from the newest checkpoint"
     trap '' TERM
-    scontrol requeue "$SLURM_JOB_ID"
+    echo "the time limit" > "$why"
+    scontrol requeue "$job"
 elif [ -n "$stopped" ] || [ "$code" -eq 75 ]; then
-    say "stopped by ${stopped:-a signal}; submit it again to go on from the newest checkpoint"
+    say "stopped by ${stopped:-a signal or the file STOP}; submit it again to go on from the newest checkpoint"
 else
     say "failed, exit code $code; the message is above"
 fi

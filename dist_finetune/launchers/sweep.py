@@ -45,6 +45,11 @@ def _parse(sweep: str) -> tuple[str, list[str]]:
         raise UserError(f"--sweep {sweep}: write key=value,value such as train.lr=1e-5,3e-5")
     if key in ("name", "output"):
         raise UserError(f"--sweep {sweep}: {key} can't be swept; each run of a sweep has a folder of its own already")
+    if key.startswith(("launch.slurm", "launch.cloud")):
+        raise UserError(f"--sweep {sweep}: {key} can't be swept; all runs of a sweep are one job with one value")
+    twice = sorted({value for value in values if values.count(value) > 1})
+    if twice:
+        raise UserError(f"--sweep {sweep}: {twice[0]} is given twice, which would train the same run twice")
     return key, values
 
 

@@ -1,1 +1,1 @@
-"""What a run needs and sends, before a GPU is taken: state from shapes, activations from a pass on fake tensors."""
+"""What a run needs and sends, before a GPU is taken: state from shapes, activations from a pass without data."""

@@ -1,15 +1,15 @@
-"""What forward and backward keep alive, and what they compute, found by running them on fake tensors.
+"""What forward and backward keep alive, and what they compute, found by running them on tensors without data.
 
-Fake tensors have shapes, types and storages, and no data: the pass costs neither memory nor weights. Checked against
-real runs on the CPU (benchmarks/plan_exactness.py). For a GPU, dropout and attention are those of its fused kernels;
-what its libraries take besides is left to the headroom of `choice`.
+These have shapes, types and storages: the pass costs neither memory nor weights. Checked against real runs on the CPU
+(benchmarks/plan_exactness.py). For a GPU, dropout and attention are those of its fused kernels; what its libraries take
+besides is left to the headroom of `choice`.
 """
 
 import contextlib
-import logging
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop
 
 from dist_finetune.freeze import Manifest, train_mode
+from dist_finetune.memory.shapes import ShapeTensor, run_on_shapes, storage_of
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.sources import forward_logits
 from dist_finetune.models.structure import Part
@@ -29,6 +30,8 @@ from dist_finetune.tasks.names import TaskName
 from dist_finetune.tasks.task import task_of
 
 aten = torch.ops.aten
+Run = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+LEAST_TELLING_ROWS = 31
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: lambda *args, out_val=None, **_: sdpa_flop(
@@ -38,44 +41,76 @@ FLOPS: dict[Any, Callable[..., int]] = {
 
 
 @dataclass(frozen=True)
+class Activations:
+    """Bytes for a micro-batch: the most of some lines, each a number of bytes and a number more for every row."""
+
+    lines: tuple[tuple[int, int], ...]
+
+    def at(self, rows: int) -> int:
+        """Bytes at so many rows."""
+        return max(fixed + per_row * rows for fixed, per_row in self.lines)
+
+
+@dataclass(frozen=True)
 class Pass:
     """Forward and backward of a micro-batch in training mode. Bytes leave out parameters and their gradients."""
 
     micro_batch_size: int
-    saved_bytes: int
+    saved: Activations
     """Kept for the backward pass: unique storages that autograd saves."""
-    peak_bytes: int
-    """Most alive at once, results in the making included."""
+    peak: Activations
+    """Most alive at once, results in the making included; at another number of rows it may be at another moment."""
     flops_by_part: dict[str, int]
     """Operations of the forward pass by `Part.label`, "" for what no part runs; a multiply-add is two."""
     input_elements: dict[str, int]
     """Elements of what enters each part of the model, by `Part.label`; only of parts that are given a tensor."""
 
     @property
+    def saved_bytes(self) -> int:
+        return self.saved.at(self.micro_batch_size)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.peak.at(self.micro_batch_size)
+
+    @property
     def forward_flops(self) -> int:
         return sum(self.flops_by_part.values())
 
 
+def run_as_is(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs an operation."""
+    return func(*args, **kwargs)
+
+
 class Alive(TorchDispatchMode):
     """Counts the bytes of every tensor that an operation makes while it lives, and the operations. Storages in `known`
-    are not counted."""
+    are not counted. A storage of a multiple of `rows` bytes counts as one that grows with the rows. `run` runs an
+    operation."""
 
-    def __init__(self, known: set[int]) -> None:
+    def __init__(self, known: set[int], rows: int = 1, run: Run = run_as_is) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.rows, self._run = rows, run
+        self.fixed = self.per_row = 0
+        self.highest: list[tuple[int, int]] = [(0, 0)]
+        """(fixed, per row) at the moments of which none held more of both."""
         self.flops_by_part: dict[str, int] = {}
         self.part = ""
         self.input_elements: dict[str, int] = {}
         self._counted = set(known)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else each operation goes through a guard of torch's compiler, which has no part in this
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        for leaf in tree_leaves(out):
+        out = self._run(func, args, kwargs)
+        for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
+                self._count(storage_of(leaf))
         flops = FLOPS.get(func.overloadpacket)
         if flops is not None:
             made = flops(*args, **kwargs, out_val=out)
@@ -86,13 +121,28 @@ class Alive(TorchDispatchMode):
         key = storage._cdata
         if key not in self._counted:
             self._counted.add(key)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, key, storage.nbytes())
+            fixed, per_row = _by_rows(storage.nbytes(), self.rows)
+            self.fixed += fixed
+            self.per_row += per_row
+            if not any(f >= self.fixed and p >= self.per_row for f, p in self.highest):
+                self.highest = [(f, p) for f, p in self.highest if f > self.fixed or p > self.per_row]
+                self.highest.append((self.fixed, self.per_row))
+            weakref.finalize(storage, self._forget, key, fixed, per_row)
 
-    def _forget(self, key: int, num_bytes: int) -> None:
+    def _forget(self, key: int, fixed: int, per_row: int) -> None:
         self._counted.discard(key)
-        self.now -= num_bytes
+        self.fixed -= fixed
+        self.per_row -= per_row
+
+    @property
+    def peak(self) -> Activations:
+        """Most bytes alive at once."""
+        return Activations(tuple(self.highest))
+
+
+def _by_rows(num_bytes: int, rows: int) -> tuple[int, int]:
+    """Bytes of a storage as (fixed, for each row)."""
+    return (num_bytes, 0) if num_bytes % rows else (0, num_bytes // rows)
 
 
 class FusedOnGpu(TorchFunctionMode):
@@ -140,27 +190,21 @@ def fake_pass(
 ) -> Pass | str:
     """The pass of a model on the meta device, frozen as `manifest` says, or why it can't be run without data.
 
-    `inputs` makes the inputs of so many rows, the blocks `recompute` run under gradient checkpointing, the parameters
-    `in_bf16` are kept in bf16. The model's tensors are fake within and on the meta device again after.
+    `inputs` makes the inputs of so many rows (from a pass of `telling_rows` the bytes of any number follow), the blocks
+    `recompute` run under gradient checkpointing, the parameters `in_bf16` are kept in bf16. The model's tensors are
+    `ShapeTensor`s within, and its own again after.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # it prints the traceback of what we report in a sentence
     try:
-        with FakeTensorMode(), _fake_tensors(model, in_bf16), _recomputing(model, recompute, device):
+        with _without_data(model, in_bf16), _recomputing(model, recompute, device):
             frozen = set(manifest.frozen)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name not in frozen)
             train_mode(model, manifest)
             fused = FusedOnGpu() if device == "cuda" else contextlib.nullcontext()
             with fused:
-                return measured_pass(model, parts, inputs, micro_batch_size, autocast, task)
+                return measured_pass(model, parts, inputs, micro_batch_size, autocast, task, run_on_shapes)
     except Exception as error:  # a user's model may do anything, and the rest of the plan stands without this
         return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-    finally:
-        log.setLevel(level)
 
 
 def measured_pass(
@@ -170,19 +214,20 @@ def measured_pass(
     micro_batch_size: int,
     autocast: bool,
     task: TaskName = "classification",
+    run: Run = run_as_is,
 ) -> Pass:
-    """A forward and backward pass of `model` as it is, on real or fake CPU tensors; its gradients are not kept."""
+    """A forward and backward pass of `model` as it is, each operation by `run`; its gradients are not kept."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    known = {storage_of(t)._cdata for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, Any] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
+        storage = storage_of(tensor)
         if storage._cdata not in known:
             saved[storage._cdata] = storage
         return tensor
 
-    alive = Alive(known)
+    alive = Alive(known, micro_batch_size, run)
     with contextlib.ExitStack() as stack:
         for parameter in parameters:
             stack.callback(parameter.register_post_accumulate_grad_hook(_drop_gradient).remove)
@@ -196,11 +241,21 @@ def measured_pass(
             logits = forward_logits(model, batch)
         logits = logits.float()
         loss = task_of(task).loss(logits, task_of(task).blank(logits))
-        saved_bytes = sum(storage.nbytes() for storage in saved.values())
+        sizes = [_by_rows(storage.nbytes(), micro_batch_size) for storage in saved.values()]
+        saved_line = (sum(fixed for fixed, _ in sizes), sum(per_row for _, per_row in sizes))
         saved.clear()
         forward_flops = dict(alive.flops_by_part)
         loss.backward()
-    return Pass(micro_batch_size, saved_bytes, alive.peak, forward_flops, alive.input_elements)
+    return Pass(micro_batch_size, Activations((saved_line,)), alive.peak, forward_flops, alive.input_elements)
+
+
+def telling_rows(model: nn.Module, inputs: Callable[[int], Any]) -> int:
+    """The micro-batch of a pass that tells what any micro-batch takes: a prime that divides no dimension of the model's
+    tensors and of a row, so that bytes are a multiple of it where they grow with the rows, and nowhere else."""
+    row = [leaf for leaf in tree_leaves(inputs(1)) if isinstance(leaf, torch.Tensor)]
+    sizes = {size for tensor in (*model.parameters(), *model.buffers(), *row) for size in tensor.shape}
+    numbers = (n for n in count(LEAST_TELLING_ROWS) if all(n % d for d in range(2, int(n**0.5) + 1)))
+    return next(n for n in numbers if all(size % n for size in sizes))
 
 
 def fake_inputs(card: ModelCard, max_length: int | None, image_size: tuple[int, int] | None) -> Callable[[int], Any]:
@@ -256,7 +311,7 @@ def _fused(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _recomputing(model: nn.Module, blocks: Sequence[Part], device: Literal["cpu", "cuda"]) -> Iterator[None]:
-    """Within it, the blocks keep no activations. Random numbers are not replayed: fake tensors have none."""
+    """Within it, the blocks keep no activations. Random numbers are not replayed: there are none."""
     changed = [module for block in blocks for module in called_modules(model, block)]
     for module in changed:
         # the backward pass runs outside of a mode, and what it recomputes has to be as before
@@ -270,24 +325,24 @@ def _recomputing(model: nn.Module, blocks: Sequence[Part], device: Literal["cpu"
 
 
 @contextlib.contextmanager
-def _fake_tensors(model: nn.Module, in_bf16: Collection[str]) -> Iterator[None]:
-    """Within it (and a FakeTensorMode), every tensor of a meta model is a fake one on the CPU; tied ones stay tied."""
+def _without_data(model: nn.Module, in_bf16: Collection[str]) -> Iterator[None]:
+    """Within it, every tensor of a meta model is a `ShapeTensor`; tied ones stay tied."""
     low = {id(parameter) for name, parameter in model.named_parameters() if name in in_bf16}
     places: list[tuple[dict[str, Any], str, Any]] = []
-    fakes: dict[int, torch.Tensor] = {}
+    shapes: dict[int, torch.Tensor] = {}
     for module in model.modules():
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for tensors in stores:
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue
-                if id(tensor) not in fakes:
-                    dtype = torch.bfloat16 if id(tensor) in low else tensor.dtype
-                    empty = torch.empty(tensor.shape, dtype=dtype, device="cpu")
-                    fakes[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+                if id(tensor) not in shapes:
+                    meta = tensor.detach().to("meta", torch.bfloat16 if id(tensor) in low else tensor.dtype)
+                    shape = ShapeTensor(meta)
+                    shapes[id(tensor)] = nn.Parameter(shape, False) if isinstance(tensor, nn.Parameter) else shape
                 places.append((tensors, name, tensor))
     for tensors, name, tensor in places:
-        tensors[name] = fakes[id(tensor)]
+        tensors[name] = shapes[id(tensor)]
     try:
         yield
     finally:

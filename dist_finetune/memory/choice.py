@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dist_finetune.memory.activations import Activations
 from dist_finetune.memory.state import StateBytes
 from dist_finetune.spec import Strategy
 
@@ -37,6 +38,8 @@ class RankMemory:
     """None where no limit is known."""
     traffic: int
     """Bytes that a rank sends in an optimizer step."""
+    phase: str | None = None
+    """The phase that needs them, where several could."""
 
     @property
     def total(self) -> int:
@@ -47,18 +50,6 @@ class RankMemory:
     def needed(self) -> int:
         """The peak, or state alone where activations are unknown."""
         return self.state.total if self.peak is None else self.peak
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Bytes for a micro-batch: a + b x rows, as the passes of one or two sizes found them."""
-
-    fixed: float
-    per_row: float
-
-    def at(self, rows: int) -> int:
-        """Bytes at so many rows."""
-        return round(self.fixed + self.per_row * rows)
 
 
 @dataclass(frozen=True)

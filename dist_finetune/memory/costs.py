@@ -1,7 +1,7 @@
 """All that a plan says about memory, traffic and compute, put together for one model, freeze and topology."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -9,12 +9,13 @@ from torch import nn
 
 from dist_finetune.freeze import Manifest
 from dist_finetune.fsdp_layout import FrozenLayout
-from dist_finetune.lint import below, first_trainable_part
-from dist_finetune.memory.activations import Pass, fake_pass
-from dist_finetune.memory.choice import Activations, Limits, RankMemory, memory_of
+from dist_finetune.lint import below, filled_up, first_trainable_part
+from dist_finetune.memory.activations import Activations, Pass, fake_pass, telling_rows
+from dist_finetune.memory.choice import Limits, RankMemory
+from dist_finetune.memory.demand import Demand, Way, demanding, most_of
 from dist_finetune.memory.forecast import Forecast, forecast, num_passed_by_backward
-from dist_finetune.memory.state import kept_in_bf16, layout_of, state_bytes
-from dist_finetune.memory.traffic import checkpoint_bytes, step_traffic
+from dist_finetune.memory.state import StateBytes, kept_in_bf16, layout_of
+from dist_finetune.memory.traffic import checkpoint_bytes
 from dist_finetune.models.structure import Part, Structure
 from dist_finetune.phases import PhasePlan
 from dist_finetune.recompute import recomputed_blocks
@@ -22,7 +23,6 @@ from dist_finetune.spec import Strategy
 from dist_finetune.tasks.names import TaskName
 
 HOST_COPIES = 2  # in passing: the tensors of a file beside the model's, or the model beside what its node shares
-FIT_ROWS = (2, 4)  # bytes grow evenly with the rows; a single row may take other kernels
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,27 @@ class Costs:
     """Bytes and operations of a run. What needs a pass is None where none was asked for or possible."""
 
     memory: dict[Strategy, RankMemory]
+    """Of the phase that needs most."""
+    by_phase: tuple[dict[Strategy, StateBytes], ...]
+    """What a rank holds in each phase."""
+    offloaded: RankMemory | None
+    """What zero3 would leave on a GPU with `shard.offload: parameters`; None where the run offloads already, and where
+    that can't be."""
     saved: Activations | None
     """Bytes that autograd keeps for the backward pass, parameters aside, by rows of a micro-batch."""
     activations: Activations | None
     """Most bytes that forward and backward keep alive besides state, by rows."""
     other_activations: Activations | None
-    """The same with gradient checkpointing where the run has none, or without where it has; from one size only."""
+    """The same with gradient checkpointing where the run has none, or without where it has."""
     activations_unknown: str | None
-    """Why the model can't be run on fake tensors."""
+    """Why the model can't be run without data."""
     checkpoint_bytes: int
     host_bytes_per_node: int
     """Host memory at load, at most: one process of a node reads the whole model in fp32 (and what a checkpoint holds of
     it), the others share it."""
     forecast: Forecast | None
+    forecast_filled_up: Forecast | None
+    """With all frozen that trains below frozen blocks; None where nothing does."""
     cached_elements: int | None
     """Elements of the activation that enters the first part that trains, for one row of the largest shape: what the
     cache stores for it. None where nothing lies below that part, or it is not known."""
@@ -52,7 +60,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class PassRequest:
-    """How to run a model on fake tensors: `inputs` makes those of so many rows, the loss is that of `task`, `compare`
+    """How to run a model without data: `inputs` makes those of so many rows, the loss is that of `task`, `compare`
     also tries the other setting of gradient checkpointing, for people to see."""
 
     inputs: Callable[[int], Any]
@@ -64,60 +72,69 @@ class PassRequest:
 def plan_costs(
     model: nn.Module,
     structure: Structure,
-    phase: PhasePlan,
-    layouts: Mapping[Strategy, Sequence[Mapping[str, Any] | None]],
+    phases: Sequence[PhasePlan],
+    ways: Sequence[Way],
     limits: Limits,
     micro_batch_size: int | Literal["auto"],
     autocast: bool,
     request: PassRequest | None,
     full_checkpoint: bool,
+    offload: Way | None = None,
 ) -> Costs:
-    """The costs of training `phase` of a model on the meta device, under every strategy that is a key of `layouts`.
+    """The costs of training the `phases` of a model on the meta device.
 
-    `layouts` holds the section that DeepSpeed would get, those of `fsdp_section` (the first that fits is taken, else
-    the last), None for ddp. Without a `request` there is no pass, and so no activations and no forecast.
+    Of several `ways` of one strategy the first that fits is taken, else the last; `offload` is zero3 with all that can
+    be in host memory. Memory is that of the phase that needs most; what else needs a pass is told of the phase that
+    trains most. Without a `request` there is no pass, and so no activations and no forecast.
     """
-    manifest = phase.manifest
-    rounded = kept_in_bf16(manifest) if phase.frozen_dtype == "bf16" else frozenset()
-    layout = layout_of(model, manifest, [group.names for group in phase.groups], autocast, rounded)
-    passes: tuple[Pass, ...] | str = ()
-    other: tuple[Pass, ...] | str = ()
-    if request:
-        run = partial(_passes, model, structure, phase, request, autocast, limits.device, rounded)
-        sizes = _sizes(limits, micro_batch_size)
-        passes = run(request.gradient_checkpointing, sizes)
-        if request.compare and not isinstance(passes, str):
-            other = run(not request.gradient_checkpointing, sizes[-1:])
-    measured = passes if isinstance(passes, tuple) else ()
-    activations = _line([(p.micro_batch_size, p.peak_bytes) for p in measured])
-    passed = num_passed_by_backward(manifest, structure)
+
+    def demand(phase: PhasePlan) -> Demand:
+        groups = [group.names for group in phase.groups]
+        layout = layout_of(model, phase.manifest, groups, autocast, _rounded(phase))
+        return Demand(phase, layout, None, num_passed_by_backward(phase.manifest, structure))
+
+    run = partial(_pass, model, structure, request, autocast, limits.device) if request else None
+    checkpointing = request is not None and request.gradient_checkpointing
+    every = {phase.name: demand(phase) for phase in phases}
+    demands = [
+        replace(every[phase.name], measured=run(phase, checkpointing) if run else None) for phase in demanding(phases)
+    ]
+    manifest, measured = demands[0].phase.manifest, demands[0].measured
+    found = measured if isinstance(measured, Pass) else None
+    other = run(demands[0].phase, not checkpointing) if run and request and request.compare and found else None
     memory: dict[Strategy, RankMemory] = {}
+    by_phase: tuple[dict[Strategy, StateBytes], ...] = tuple({} for _ in phases)
     frozen_layout: FrozenLayout = "replicate"
-    for strategy, sections in layouts.items():
-        for section in sections:
-            memory[strategy] = memory_of(
-                partial(state_bytes, layout, strategy, limits.world_size, section),
-                lambda count, s=strategy, z=section: step_traffic(layout, s, limits.world_size, z, count, passed),  # type: ignore[misc]
-                activations,
-                limits,
-                micro_batch_size,
-            )
-            if strategy == "fsdp":
-                frozen_layout = (section or {})["frozen_layout"]
-            if memory[strategy].fits is not False:
-                break
+    for way in ways:
+        if way.strategy in memory and memory[way.strategy].fits is not False:
+            continue
+        most = most_of(demands, way, limits, micro_batch_size)
+        memory[way.strategy] = most
+        for states, each in zip(by_phase, every.values(), strict=True):
+            states[way.strategy] = each.under(way, limits, most.micro_batch_size).state
+        frozen_layout = way.frozen_layout if way.strategy == "fsdp" else frozen_layout
     return Costs(
         memory=memory,
-        saved=_line([(p.micro_batch_size, p.saved_bytes) for p in measured]),
-        activations=activations,
-        other_activations=_line([(p.micro_batch_size, p.peak_bytes) for p in other if isinstance(p, Pass)]),
-        activations_unknown=passes if isinstance(passes, str) else None,
+        by_phase=by_phase,
+        offloaded=most_of(demands, offload, limits, micro_batch_size) if offload else None,
+        saved=found.saved if found else None,
+        activations=found.peak if found else None,
+        other_activations=other.peak if isinstance(other, Pass) else None,
+        activations_unknown=next((each.measured for each in demands if isinstance(each.measured, str)), None),
         checkpoint_bytes=checkpoint_bytes(model, manifest, full_checkpoint),
         host_bytes_per_node=HOST_COPIES * sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
-        forecast=forecast(measured[0], manifest, structure) if measured else None,
-        cached_elements=_cached_elements(measured[0], manifest, structure) if measured else None,
+        forecast=forecast(found, manifest, structure) if found else None,
+        forecast_filled_up=_forecast_filled_up(found, manifest, structure) if found else None,
+        cached_elements=_cached_elements(found, manifest, structure) if found else None,
         frozen_layout=frozen_layout,
     )
+
+
+def _forecast_filled_up(measured: Pass, manifest: Manifest, structure: Structure) -> Forecast | None:
+    filled = filled_up(manifest, structure)
+    if filled.num_trainable in (0, manifest.num_trainable):
+        return None
+    return forecast(measured, filled, structure)
 
 
 def _cached_elements(measured: Pass, manifest: Manifest, structure: Structure) -> int | None:
@@ -126,54 +143,29 @@ def _cached_elements(measured: Pass, manifest: Manifest, structure: Structure) -
     return elements // measured.micro_batch_size if elements and below(first, structure) else None
 
 
-def _sizes(limits: Limits, micro_batch_size: int | Literal["auto"]) -> tuple[int, ...]:
-    """The micro-batch that will run, or two sizes where it is still to be chosen."""
-    if micro_batch_size != "auto":
-        return (micro_batch_size,)
-    sizes = limits.micro_batches()
-    return FIT_ROWS if limits.memory_bytes is not None and len(sizes) > 1 else (sizes[-1],)
+def _rounded(phase: PhasePlan) -> Collection[str]:
+    return kept_in_bf16(phase.manifest) if phase.frozen_dtype == "bf16" else frozenset()
 
 
-def _passes(
+def _pass(
     model: nn.Module,
     structure: Structure,
-    phase: PhasePlan,
     request: PassRequest,
     autocast: bool,
     device: Literal["cpu", "cuda"],
-    rounded: Collection[str],
+    phase: PhasePlan,
     gradient_checkpointing: bool,
-    sizes: Sequence[int],
-) -> tuple[Pass, ...] | str:
-    """A pass of each size, or why one failed."""
+) -> Pass | str:
     blocks: Sequence[Part] = recomputed_blocks(phase.manifest, structure) if gradient_checkpointing else ()
-    found = []
-    for rows in sizes:
-        result = fake_pass(
-            model,
-            phase.manifest,
-            structure.parts,
-            request.inputs,
-            rows,
-            autocast,
-            device,
-            recompute=blocks,
-            in_bf16=rounded,
-            task=request.task,
-        )
-        if isinstance(result, str):
-            return result
-        found.append(result)
-    return tuple(found)
-
-
-def _line(points: list[tuple[int, int]]) -> Activations | None:
-    """The line through one point and the origin, or through two; None without a point."""
-    if not points:
-        return None
-    (rows, num_bytes), *more = points
-    if not more:
-        return Activations(0.0, num_bytes / rows)
-    ((other_rows, other_bytes),) = more
-    slope = (other_bytes - num_bytes) / (other_rows - rows)
-    return Activations(num_bytes - slope * rows, slope)
+    return fake_pass(
+        model,
+        phase.manifest,
+        structure.parts,
+        request.inputs,
+        telling_rows(model, request.inputs),
+        autocast,
+        device,
+        recompute=blocks,
+        in_bf16=_rounded(phase),
+        task=request.task,
+    )

@@ -76,6 +76,8 @@ class StateBytes:
     """Short-lived copies of gradients while the optimizer updates."""
     padding: int
     """The part of weights, gradients, optimizer and masters that is only there to make shares even."""
+    offloaded: int = 0
+    """In host memory instead: what `shard.offload` moves there."""
 
     @property
     def total(self) -> int:
@@ -118,19 +120,27 @@ def layout_of(
 
 
 def state_bytes(
-    layout: Layout, strategy: Strategy, world_size: int, zero: Mapping[str, Any] | None, accumulates: bool
+    layout: Layout,
+    strategy: Strategy,
+    world_size: int,
+    zero: Mapping[str, Any] | None,
+    accumulates: bool,
+    on_host: bool = False,
 ) -> StateBytes:
-    """State of a rank under `strategy`, without what is offloaded to host memory. `zero` is the `zero_optimization`
-    section that DeepSpeed gets, or `fsdp_section`'s answer, None for ddp; `accumulates` says whether a step takes
-    several micro-batches."""
+    """State of a rank under `strategy`, without what is offloaded to host memory, which moves nothing for a rank that
+    is `on_host` itself. `zero` is the `zero_optimization` section that DeepSpeed gets, or `fsdp_section`'s answer, None
+    for ddp; `accumulates` says whether a step takes several micro-batches."""
     settings = zero or {}
     state = STATE[strategy](layout, world_size, settings, accumulates)
+    if on_host:
+        return state
+    total = state.total
     if "offload_optimizer" in settings:
         state = replace(state, optimizer=0, masters=0, padding=0)
     if "offload_param" in settings or settings.get("offload"):
         whole = settings.get("whole", 0) * FP32_BYTES
         state = replace(state, trainable_weights=0, frozen_weights=whole, gradients=0, optimizer=0, padding=0)
-    return state
+    return replace(state, offloaded=total - state.total)
 
 
 def _ddp(layout: Layout, world_size: int, zero: Mapping[str, Any], accumulates: bool) -> StateBytes:
@@ -142,7 +152,8 @@ def _ddp(layout: Layout, world_size: int, zero: Mapping[str, Any], accumulates: 
         optimizer=ADAM_MOMENTS * trainable + STEP_COUNT_BYTES * layout.num_trainable_tensors,
         masters=0,
         buffers=layout.buffer_bytes,
-        communication=trainable if world_size > 1 else 0,  # DDP's buckets are a second copy of all gradients
+        # DDP's buckets are the gradients; those of earlier micro-batches lie beside them until they are added
+        communication=trainable if world_size > 1 and accumulates else 0,
         update=0,
         padding=0,
     )

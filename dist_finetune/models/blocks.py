@@ -6,13 +6,15 @@ channels or resolution change, and a plain row of convolutions (VGG) is cut at i
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 BlockPaths = tuple[tuple[str, ...], ...]
 """For each block, in execution order, the dotted paths of its modules."""
+Calls = Mapping[int, int]
+"""When a forward pass first calls a module or something in it, by the module's id."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 POOLINGS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -34,14 +36,17 @@ class Stack:
         return tuple(join(self.parent, name) for name in self.names)
 
 
-def find_blocks(model: nn.Module, head: Iterable[str]) -> tuple[BlockPaths, str | None]:
-    """The blocks of `model` outside the `head` paths, and a note where they had to be put together; empty if none."""
+def find_blocks(model: nn.Module, head: Iterable[str], calls: Calls | None = None) -> tuple[BlockPaths, str | None]:
+    """The blocks of `model` outside the `head` paths, and a note where they had to be put together; empty if none.
+
+    They are in the order of `calls`, and without it in that in which they are registered."""
     head_paths = tuple(head)
+    calls = calls or {}
     stack = main_stack(model, head_paths)
     body = _count(module for path, module in model.named_modules() if not _within(path, head_paths))
     if stack is not None and stack.num_params >= MIN_TRUNK_SHARE * body:
-        return _stages(model, stack)
-    row = _pooled_row(model, head_paths)
+        return _with_parallel_lists(model, *_stages(model, stack, calls), stack, calls)
+    row = _pooled_row(model, head_paths, calls)
     if row:
         return row, "blocks are stretches of a plain row of convolutions, cut where the resolution falls"
     return (), None
@@ -63,9 +68,17 @@ def join(parent: str, name: str) -> str:
     return f"{parent}.{name}" if parent else name
 
 
-def children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All children by name, also the repeats of one shared module, which `named_children` leaves out."""
-    return [(name, child) for name, child in module._modules.items() if child is not None]
+def children_of(module: nn.Module, calls: Calls | None = None) -> list[tuple[str, nn.Module]]:
+    """All children by name, also the repeats of one shared module, which `named_children` leaves out. In the order of
+    `calls`; one that is never called stays behind the one that it is registered after."""
+    children = [(name, child) for name, child in module._modules.items() if child is not None]
+    if not calls:
+        return children
+    places, place = [], -1
+    for _, child in children:
+        place = calls.get(id(child), place)
+        places.append(place)
+    return [children[i] for i in sorted(range(len(children)), key=places.__getitem__)]
 
 
 def has_params(module: nn.Module) -> bool:
@@ -123,12 +136,13 @@ def _count(modules: Iterable[nn.Module]) -> int:
     return sum(seen.values())
 
 
-def _stages(model: nn.Module, stack: Stack) -> tuple[BlockPaths, str | None]:
+def _stages(model: nn.Module, stack: Stack, calls: Calls) -> tuple[BlockPaths, str | None]:
     parent = model.get_submodule(stack.parent)
+    # What stands between two members (a DenseNet transition) belongs to the one before it.
+    order = [name for name, _ in children_of(parent, calls)]
+    stack = replace(stack, names=tuple(sorted(stack.names, key=order.index)))
     members = [parent.get_submodule(name) for name in stack.names]
     starts = _stage_starts(members)
-    # What stands between two members (a DenseNet transition) belongs to the one before it.
-    order = [name for name, _ in children_of(parent)]
     first, last = order.index(stack.names[0]), order.index(stack.names[-1])
     stages: list[list[str]] = []
     for name in order[first : last + 1]:
@@ -148,10 +162,38 @@ def _stages(model: nn.Module, stack: Stack) -> tuple[BlockPaths, str | None]:
 def _stage_starts(members: list[nn.Module]) -> list[bool]:
     """Which members begin a stage: all of them, unless some change the shape of their input and others keep it."""
     changes = [_changes_shape(member) for member in members]
-    single = not all(isinstance(member, (nn.Sequential, nn.ModuleList)) for member in members)
+    single = not all(_is_stage(member) for member in members)
     if single and any(changes[1:]) and not all(changes[1:]):
         return [True, *changes[1:]]
     return [True] * len(members)
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """A row of blocks itself: FocalNet's stages hold one, and all but the last change the resolution behind it."""
+    rows = (nn.Sequential, nn.ModuleList)
+    return isinstance(module, rows) or any(isinstance(child, nn.ModuleList) for _, child in children_of(module))
+
+
+def _with_parallel_lists(
+    model: nn.Module, blocks: BlockPaths, note: str | None, stack: Stack, calls: Calls
+) -> tuple[BlockPaths, str | None]:
+    """The blocks with what lists of the same length beside theirs give to each: attentions in one list, feed-forward
+    layers in another. Only lists that take turns in `calls` are such."""
+    holder, _, own = stack.parent.rpartition(".")
+    if not calls or not own or any(len(block) != 1 for block in blocks) or len(blocks) != len(stack.names):
+        return blocks, note
+    rows: list[list[tuple[str, nn.Module]]] = []
+    for name, module in children_of(model.get_submodule(holder)):
+        row = children_of(module, calls)
+        if isinstance(module, nn.ModuleList) and len(row) == len(blocks) and all(id(m) in calls for _, m in row):
+            rows.append([(join(join(holder, name), key), member) for key, member in row])
+    turns = [sorted(calls[id(row[i][1])] for row in rows) for i in range(len(blocks))]
+    if len(rows) < 2 or any(turns[i][-1] >= turns[i + 1][0] for i in range(len(turns) - 1)):
+        return blocks, note
+    names = " and ".join(row[0][0].rpartition(".")[0] for row in rows)
+    return tuple(
+        tuple(row[i][0] for row in rows) for i in range(len(blocks))
+    ), f"a block is one module of each of {names}, which take turns"
 
 
 def _changes_shape(block: nn.Module) -> bool:
@@ -166,13 +208,13 @@ def _stride(module: nn.Module) -> int:
     return max(stride) if isinstance(stride, tuple) else int(stride or 1)
 
 
-def _pooled_row(model: nn.Module, head: tuple[str, ...]) -> BlockPaths:
+def _pooled_row(model: nn.Module, head: tuple[str, ...], calls: Calls) -> BlockPaths:
     """Stages of a module that lists its convolutions directly (VGG): a new one after each pooling or at a stride."""
     rows = [(path, m) for path, m in model.named_modules() if _num_convs(m) > 1]
     if not rows:
         return ()
     path, row = max(rows, key=lambda item: _num_convs(item[1]))
-    children = [(name, child) for name, child in children_of(row) if not _holds(join(path, name), head)]
+    children = [(name, child) for name, child in children_of(row, calls) if not _holds(join(path, name), head)]
     conv_at = [i for i, (_, child) in enumerate(children) if isinstance(child, CONVOLUTIONS)]
     stages: list[list[str]] = [[]]
     cut = False

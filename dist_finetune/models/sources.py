@@ -5,15 +5,15 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from dist_finetune.errors import UserError
 from dist_finetune.models import custom_model, saved
 from dist_finetune.models.card import ModelCard, Source
+from dist_finetune.models.config_json import read_json
 from dist_finetune.models.demo import (
     EFFICIENTNET,
     EFFICIENTNET_ARCHITECTURE,
@@ -23,11 +23,12 @@ from dist_finetune.models.demo import (
 )
 from dist_finetune.models.hub import TIMM_HUB, hub_folder
 from dist_finetune.models.suggest import suggestions
-from dist_finetune.models.tokenizer import read_tokenizer
-from dist_finetune.models.transformers_config import read_json, require_tagger
 from dist_finetune.models.weights import check_weights_option
 from dist_finetune.spec import ModelSpec
 from dist_finetune.tasks.names import TaskName
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -52,6 +53,8 @@ def for_task(card: ModelCard, task: TaskName) -> ModelCard:
         if card.modality == "image":
             raise UserError(f"task: {task} tags words, and {card.name} reads images; choose a model for text")
         if card.source == "transformers":
+            from dist_finetune.models.transformers_config import require_tagger
+
             require_tagger(card)
     return replace(card, task=task)
 
@@ -67,15 +70,17 @@ def build_model(card: ModelCard, spec: ModelSpec, classes: tuple[str, ...]) -> n
 
 
 def of_source(source: Source, verb: Literal["describe", "build", "load", "export", "files"]) -> Callable[..., Any]:
-    """`describe_timm`, `load_custom` and so on. timm and torchvision take seconds to import, which a run pays for the
-    library that its model comes from, and for no other."""
+    """`describe_timm`, `load_custom` and so on. Each library takes seconds to import, which a run pays for the one that
+    its model comes from, and for no other."""
     module = importlib.import_module(f"dist_finetune.models.{source}_model")
     function: Callable[..., Any] = getattr(module, f"{verb}_{source}")
     return function
 
 
-def load_tokenizer(card: ModelCard) -> PreTrainedTokenizerBase:
+def load_tokenizer(card: ModelCard) -> "PreTrainedTokenizerBase":
     """The tokenizer of a text model. Raises UserError where its folder has none."""
+    from dist_finetune.models.tokenizer import read_tokenizer
+
     location = custom_model.custom_tokenizer_location(card) if card.source == "custom" else card.location
     return read_tokenizer(card, location)
 

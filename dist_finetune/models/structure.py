@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from dist_finetune.models.blocks import BlockPaths, children_of, find_blocks, has_params, main_stack
+from dist_finetune.models.blocks import BlockPaths, Calls, children_of, find_blocks, has_params, main_stack
 from dist_finetune.models.head import find_head
 from dist_finetune.models.structure_table import known_layout
 
@@ -96,13 +96,18 @@ class _Places:
         return self.modules.get(path, "other")
 
 
-def structure_of(model: nn.Module) -> Structure:
+def structure_of(model: nn.Module, visited: Sequence[str] = ()) -> Structure:
     """The structure map of `model`, which may be on the meta device. A model it doesn't know is mapped as far as it
-    can be; the rest is the part `other`, and a note says so."""
-    head = find_head(model)
+    can be; the rest is the part `other`, and a note says so.
+
+    `visited` are the modules in the order in which a forward pass calls them, see `order.structure_for`; what is left
+    out is taken to be called where it is registered.
+    """
+    calls = _calls(model, visited)
+    head = find_head(model, calls)
     layout = known_layout(model)
-    blocks, block_note = (layout.blocks, None) if layout.blocks else find_blocks(model, head)
-    places = _place(model, head, blocks, layout.parts)
+    blocks, block_note = (layout.blocks, None) if layout.blocks else find_blocks(model, head, calls)
+    places = _place(model, head, blocks, layout.parts, calls)
     parts = _parts(model, blocks, places)
     shared = _shared_blocks(model, blocks)
     notes = [block_note] if block_note else []
@@ -117,7 +122,18 @@ def structure_of(model: nn.Module) -> Structure:
     return Structure(parts, _alias_groups(model), shared, tuple(notes))
 
 
-def _place(model: nn.Module, head: tuple[str, ...], blocks: BlockPaths, known: dict[str, str]) -> _Places:
+def _calls(model: nn.Module, visited: Sequence[str]) -> Calls:
+    """When each module is first called; a list, which never is, with the first of what it holds."""
+    calls: dict[int, int] = {}
+    for when, path in enumerate(visited):
+        calls.setdefault(id(model.get_submodule(path)), when)
+    for module in reversed(list(model.modules()) if calls else []):
+        if id(module) not in calls and (inner := [calls[id(m)] for m in module.children() if id(m) in calls]):
+            calls[id(module)] = min(inner)
+    return calls
+
+
+def _place(model: nn.Module, head: tuple[str, ...], blocks: BlockPaths, known: dict[str, str], calls: Calls) -> _Places:
     marked: dict[str, str] = dict.fromkeys(head, "head")
     for i in reversed(range(len(blocks))):  # a module that several blocks run is placed in the first of them
         marked |= dict.fromkeys(blocks[i], f"block {i}")
@@ -138,7 +154,7 @@ def _place(model: nn.Module, head: tuple[str, ...], blocks: BlockPaths, known: d
             label = "embeddings" if path in holds_block else "neck" if blocks else "other"
             own = (*module._parameters, *module._buffers)
             places.tensors.update({f"{path}.{name}".lstrip("."): label for name in own})
-            for name, child in children_of(module):
+            for name, child in children_of(module, calls):
                 walk(f"{path}.{name}".lstrip("."), child)
         else:
             places.modules[path] = _label_by_position(path, module, seen_block, limit) if blocks else "other"

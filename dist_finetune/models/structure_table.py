@@ -46,6 +46,12 @@ def _deberta(encoder: Any) -> Layout:
     return Layout(parts={name: label for name, label in parts.items() if name in names})
 
 
+def _xlm(model: Any) -> Layout:
+    """A block's attention, feed-forward layer and norms lie in four lists."""
+    lists = ("attentions", "layer_norm1", "ffns", "layer_norm2")
+    return Layout(blocks=tuple(tuple(f"{name}.{i}" for name in lists) for i in range(len(model.ffns))))
+
+
 def _torchvision_stages(model: Any) -> Layout:
     """`features` alternates stages and the downsampling in front of each; the same class, so order alone can't tell."""
     num_modules = len(model.features)
@@ -57,6 +63,8 @@ TABLE: dict[str, Callable[[Any], Layout]] = {
     "transformers.AlbertTransformer": _albert,
     "transformers.DebertaEncoder": _deberta,
     "transformers.DebertaV2Encoder": _deberta,
+    "transformers.FlaubertModel": _xlm,
+    "transformers.XLMModel": _xlm,
     "torchvision.ConvNeXt": _torchvision_stages,
     "torchvision.SwinTransformer": _torchvision_stages,
 }

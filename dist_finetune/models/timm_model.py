@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from dist_finetune.data.image_input import ImageInput
 from dist_finetune.errors import UserError, did_you_mean, nearest
 from dist_finetune.models.card import CNN_LR, TRANSFORMER_LR, ModelCard, Provenance
+from dist_finetune.models.config_json import PROBLEM_TYPES, task_of_problem
 from dist_finetune.models.demo import EFFICIENTNET, efficientnet_file, efficientnet_state
 from dist_finetune.models.dropout import set_dropout
 from dist_finetune.models.hub import TIMM_HUB, commit_of, fetch_url, hub_file, hub_folder
-from dist_finetune.models.transformers_config import PROBLEM_TYPES, task_of_problem
+from dist_finetune.models.on_meta import on_meta
 from dist_finetune.models.weights import (
     files_sha256,
     head_tensors,
@@ -64,7 +64,7 @@ def describe_timm(spec: ModelSpec, location: str, data_image_size: int | None) -
         default_lr=CNN_LR,
         revision=spec.revision,
     )
-    with torch.device("meta"):
+    with on_meta():
         names = [name for name, _ in build_timm(card, spec, ("0", "1")).named_parameters()]
     attends = any(ATTENTION_SEGMENTS & set(name.split(".")) for name in names)
     return ModelCard(**{**vars(card), "default_lr": TRANSFORMER_LR if attends else CNN_LR})
@@ -121,7 +121,7 @@ def export_timm(
 ) -> None:
     """Writes what `timm.create_model("local-dir:FOLDER", pretrained=True)` reads."""
     assert card.image is not None
-    with torch.device("meta"):
+    with on_meta():
         model: Any = build_timm(card, spec, classes)
     config = {k: v for k, v in model.pretrained_cfg.items() if v is not None}
     # What says where the source's weights were, or holds for its classes only.

@@ -1,10 +1,11 @@
 """What a transformers config says: the kind of model, what it takes, how long a text may be."""
 
-import json
+import difflib
 from pathlib import Path
 from typing import Any, Literal
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -13,8 +14,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from dist_finetune.data.image_input import ImageInput
-from dist_finetune.errors import UserError, did_you_mean
+from dist_finetune.errors import UserError
 from dist_finetune.models.card import CNN_LR, TRANSFORMER_LR, ModelCard
+from dist_finetune.models.config_json import PROBLEM_TYPES, read_json, task_of_problem
 from dist_finetune.models.dropout import set_config_dropout
 from dist_finetune.models.hub import CONFIG_FILES, hub_folder
 from dist_finetune.models.weights import first_line
@@ -28,12 +30,6 @@ OFFSET_POSITIONS = {
     "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
     "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 }  # fmt: skip
-# What transformers calls the tasks whose heads are of one class; words have a class of model of their own.
-PROBLEM_TYPES: dict[TaskName, str] = {
-    "classification": "single_label_classification",
-    "multilabel": "multi_label_classification",
-    "regression": "regression",
-}
 RESAMPLING = {2: "bilinear", 3: "bicubic"}
 UNLIMITED = 1_000_000
 
@@ -69,6 +65,9 @@ def read_config(folder: Path, spec: ModelSpec) -> Any:
     """The config of `folder`. Raises UserError where transformers can't read it or it needs code of its own."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
+    except StrictDataclassError as error:
+        words = " ".join(str(error).split())
+        raise UserError(f"model.name {spec.name}: {folder}/config.json: {words}; correct it") from None
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raw = read_json(folder / "config.json") or {}
         if "auto_map" in raw and not spec.trust_remote_code:
@@ -80,7 +79,8 @@ def read_config(folder: Path, spec: ModelSpec) -> Any:
             {*MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES}
         )
         kind = str(raw.get("model_type", ""))
-        hint = did_you_mean(kind, kinds) if kind and kind not in kinds else ""
+        close = difflib.get_close_matches(kind, kinds, n=3, cutoff=0.7) if kind not in kinds else []
+        hint = f"Did you mean {' or '.join(close)}?" if close else ""
         raise UserError(
             f"model.name {spec.name}: {folder}/config.json is no config that transformers "
             f"{transformers.__version__} can read: {first_line(error)} {hint}".rstrip()
@@ -95,7 +95,9 @@ def classifier_config(card: ModelCard, spec: ModelSpec, classes: tuple[str, ...]
     config.problem_type = PROBLEM_TYPES.get(card.task)
     if card.image and hasattr(config, "image_size"):
         height, width = card.image.size
-        config.image_size = height if height == width else [height, width]
+        one_number = height == width and not isinstance(config.image_size, list | tuple)
+        config.image_size = height if one_number else [height, width]
+    config.architectures = config.architectures or []  # transformers looks for its own class in it, also where none is
     if spec.dropout is not None:
         set_config_dropout(config, spec.dropout)
     return config
@@ -111,11 +113,6 @@ def task_in(config: Any) -> TaskName:
     if any(name.endswith("ForTokenClassification") for name in config.architectures or ()):
         return "token-classification"
     return task_of_problem(config.problem_type)
-
-
-def task_of_problem(problem_type: str | None) -> TaskName:
-    """The task that transformers calls so."""
-    return next((task for task, problem in PROBLEM_TYPES.items() if problem == problem_type), "classification")
 
 
 def require_tagger(card: ModelCard) -> None:
@@ -213,12 +210,3 @@ def height_width(size: Any) -> tuple[int, int] | None:
     if isinstance(size, list | tuple):
         return (int(size[0]), int(size[-1])) if size else None
     return (int(size), int(size)) if size else None
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no such file or it is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from dist_finetune.errors import UserError
 from dist_finetune.models.card import ModelCard, Provenance
+from dist_finetune.models.config_json import read_json
 from dist_finetune.models.dropout import set_dropout
 from dist_finetune.models.hub import WEIGHT_FILES, commit_of
 from dist_finetune.models.transformers_config import (
@@ -29,7 +30,6 @@ from dist_finetune.models.transformers_config import (
     labels,
     plain_processor,
     read_config,
-    read_json,
     resized_processor,
     source_folder,
     task_in,
@@ -161,8 +161,14 @@ def _auto_class(card: ModelCard) -> Any:
 
 
 def _build(card: ModelCard, spec: ModelSpec, config: Any) -> nn.Module:
-    with plain_loading():
-        model = _auto_class(card).from_config(config, trust_remote_code=spec.trust_remote_code, dtype=torch.float32)
+    try:
+        with plain_loading():
+            model = _auto_class(card).from_config(config, trust_remote_code=spec.trust_remote_code, dtype=torch.float32)
+    except Exception as error:  # its code raises whatever meets values that don't go together
+        raise UserError(
+            f"model.name {card.name}: transformers can't build a {config.model_type} classifier from its config.json "
+            f"({type(error).__name__}: {first_line(error)}); correct the config, or use another model"
+        ) from error
     if spec.dropout is not None:
         set_dropout(model, spec.dropout)
     return model

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dist_finetune.errors import UserError
+from dist_finetune.models.on_meta import on_meta
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 NESTED_KEYS = ("state_dict", "model", "model_state_dict")
@@ -136,7 +137,7 @@ def shape_pair(given: Tensor, wanted: Tensor) -> str:
 
 def head_tensors(build: Callable[[int], nn.Module], num_classes: int) -> tuple[str, ...]:
     """Names of the tensors whose shape follows the number of classes, from two builds on the meta device."""
-    with torch.device("meta"):
+    with on_meta():
         one, other = build(num_classes).state_dict(), build(num_classes + 1).state_dict()
     return tuple(n for n in one if n not in other or one[n].shape != other[n].shape)
 

@@ -1,17 +1,15 @@
-"""Commands on what is there already: a run's model and checkpoints, a model's parts, stored activations.
-
-`cli.py` adds them to those that plan and train.
-"""
+"""Commands on what is there already: a run's model, page and checkpoints, a model's parts, stored activations."""
 
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)]
+from dist_finetune.cli.options import RunFolder, show
+from dist_finetune.errors import UserError
 
 
 def evaluate(
@@ -71,6 +69,21 @@ def export(
     typer.echo("\n".join([f"{made.folder}", f"load it with {made.how_to_load}", *made.notes]))
 
 
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)],
+    to: Annotated[
+        Path | None, typer.Option(help="The file to write; left out: report.html in the folder of the one run.")
+    ] = None,
+) -> None:
+    """Write a run's page (plots, frozen parts, planned and actual), which opens offline; of several, a comparison."""
+    if len(runs) > 1 and to is None:
+        raise UserError("several runs make one page: say where with --to FILE, such as --to comparison.html")
+    from dist_finetune.html_report.page import write_comparison, write_report
+
+    path = write_report(runs[0], to) if len(runs) == 1 or to is None else write_comparison(runs, to)
+    typer.echo(f"written: {path}")
+
+
 def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", show_default=False)]) -> None:
     """Check files and hashes of a run's checkpoints (or of one), and say what could be resumed."""
     from dist_finetune.checkpoint.verify import verify_path
@@ -82,17 +95,17 @@ def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", sho
 
 def inspect(model: Annotated[str, typer.Argument(metavar="MODEL", help="As model.name in a config.")]) -> None:
     """Show a model's structure as freeze rules name it: embeddings or stem, numbered blocks, head, tied tensors."""
-    import torch
-
+    from dist_finetune.models.on_meta import on_meta
+    from dist_finetune.models.order import structure_for
     from dist_finetune.models.sources import build_model, describe_model
-    from dist_finetune.models.structure import render_structure, structure_of
+    from dist_finetune.models.structure import render_structure
     from dist_finetune.spec import ModelSpec
 
     spec = ModelSpec(name=model)
     card = describe_model(spec)
-    with torch.device("meta"):
+    with on_meta():
         built = build_model(card, spec, ("0", "1"))
-    show(render_structure(structure_of(built)))
+    show(render_structure(structure_for(built, card)))
 
 
 def cache(
@@ -110,13 +123,3 @@ def cache(
     for entry in list_entries(folder):
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         typer.echo(f"{entry.key}  {entry.num_bytes / 2**20:>10,.1f} MiB  used {used}  {entry.source}")
-
-
-def show(rendered: Any) -> None:
-    """Plain text as it is; anything else as rich draws it on this terminal."""
-    if isinstance(rendered, str):
-        typer.echo(rendered)
-    else:
-        from rich.console import Console
-
-        Console().print(rendered)

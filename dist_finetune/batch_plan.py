@@ -1,0 +1,79 @@
+"""Batch arithmetic: how many rows a rank takes at once, and how many steps an epoch has."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dist_finetune.errors import UserError
+from dist_finetune.memory.choice import rows_in_caches
+from dist_finetune.spec import Spec
+from dist_finetune.topology import Topology
+
+if TYPE_CHECKING:
+    from dist_finetune.plan import DataPlan
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Batch arithmetic: global_batch_size = micro_batch_size x gradient_accumulation_steps x world_size."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    eval_batch_size: int
+    steps_per_epoch: int
+    last_batch_size: int
+    micro_batch_tokens: int | None = None
+    """Texts at `micro_batch_size: auto`: the tokens that bound a micro-batch, padding among them. Short rows then take
+    fewer micro-batches than planned, in no more memory. None where rows bound it."""
+
+
+def rows_per_rank(spec: Spec, topology: Topology) -> int:
+    """Rows of a global batch that each rank takes, with the micro-batch checked against them where the user set it.
+
+    Raises UserError where the processes can't share the batch evenly, or a rank's micro-batches its share.
+    """
+    train, world_size = spec.train, topology.world_size
+    if train.global_batch_size % world_size:
+        below = train.global_batch_size // world_size * world_size
+        works = " or ".join(str(n) for n in (below, below + world_size) if n)
+        raise UserError(
+            f"train.global_batch_size: {train.global_batch_size} can't be divided over {world_size} processes; "
+            f"use {works}"
+        )
+    share = train.global_batch_size // world_size
+    if train.micro_batch_size != "auto" and share % train.micro_batch_size:
+        works = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        raise UserError(
+            f"train.micro_batch_size: {train.micro_batch_size} does not divide the {share} samples that each of "
+            f"{world_size} processes takes a step (global_batch_size {train.global_batch_size}); use one of {works}"
+        )
+    return share
+
+
+def steps_per_epoch(spec: Spec, num_rows: int) -> int:
+    """Optimizer steps of a pass over so many training rows."""
+    return -(-num_rows // spec.train.global_batch_size)
+
+
+def plan_batches(spec: Spec, topology: Topology, data: "DataPlan", rows_per_rank: int, micro: int) -> BatchPlan:
+    """The batches of a run whose ranks take `micro` of their `rows_per_rank` at once."""
+    train, num_rows = spec.train, data.num_rows["train"]
+    steps = steps_per_epoch(spec, num_rows)
+    if train.eval_batch_size != "auto":
+        eval_batch = train.eval_batch_size
+    elif topology.device == "cpu" and data.image_size:
+        eval_batch = rows_in_caches(data.image_size)
+    else:
+        eval_batch = max(64, 2 * micro)
+    last = num_rows - (steps - 1) * train.global_batch_size
+    accumulated = rows_per_rank // micro
+    tokens = micro * data.max_length if data.max_length and train.micro_batch_size == "auto" else None
+    return BatchPlan(
+        train.global_batch_size,
+        micro,
+        accumulated,
+        eval_batch,
+        steps,
+        last,
+        tokens if accumulated > 1 else None,
+    )

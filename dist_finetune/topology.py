@@ -1,0 +1,31 @@
+"""Where a run will live: nodes, processes and the device of each."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where a run will live. `device_memory_bytes` is None where no limit is known."""
+
+    num_nodes: int = 1
+    processes_per_node: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    device_memory_bytes: int | None = None
+    supports_bf16: bool = True
+    has_amx: bool = False
+    """The CPU has matrix units for bf16."""
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.processes_per_node
+
+
+def local_topology(processes: int = 1, num_nodes: int = 1) -> Topology:
+    """The topology of this machine's device with so many processes on a node."""
+    if not torch.cuda.is_available():
+        return Topology(num_nodes, processes, "cpu", has_amx=torch.cpu._is_amx_tile_supported())
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return Topology(num_nodes, processes, "cuda", memory, torch.cuda.is_bf16_supported())
