@@ -22,8 +22,9 @@ if { ! command -v slurmctld || ! command -v mpirun; } > /dev/null && [ "$(id -u)
 fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# Tests of one process beside each other, then those that start several, which need the machine for themselves. All but
-# the tests marked slow (every SLURM case, other tools' loaders, ...): `pytest -m slow`.
+# First tests of one process, then those that start several, each a file at a time on two workers (tests/conftest.py): one
+# such test leaves a core idle for a third of its time. All but the tests marked slow (other tools' loaders, ...):
+# `pytest -m slow`.
 run() {
     timeout --kill-after=30 "${TEST_TIMEOUT_S:-4500}" python -m pytest "$@" || status=$?
     case ${status:=0} in 0) ran=1 ;; 5) ;; *) failed=$status ;; esac # 5: the arguments choose none of these
@@ -31,6 +32,7 @@ run() {
 }
 ran=0 failed=0
 run -n "${TEST_WORKERS:-2}" -m "not (slow or dist or slurm or gpu)" "$@"
-run --durations=10 -m "(dist or slurm or gpu) and not slow" "$@"
+run -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations=10 \
+    -m "(dist or slurm or gpu) and not slow" "$@"
 [ "$failed" = 0 ] || exit "$failed"
 [ "$ran" = 1 ] || exit 5

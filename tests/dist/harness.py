@@ -1,11 +1,16 @@
 """Runs of the real program over several processes, each with a deadline, none left behind."""
 
+import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,7 @@ WORKER = Path(__file__).with_name("worker.py")
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 MATRIX = ((1, "ddp"), (1, "zero2"), *((2, strategy) for strategy in STRATEGIES))
 """Numbers of processes, and strategies, of the runs that many tests look at."""
+_one_launch = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,62 @@ def finish(command: Sequence[str], timeout_s: float, cwd: Path, **env: str) -> s
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+@functools.cache
+def _forking() -> subprocess.Popen[str]:
+    """The process of `forked.py` that this test session starts its ranks from; it ends with the session."""
+    command = [sys.executable, str(REPOSITORY / "tests" / "dist" / "forked.py")]
+    process = subprocess.Popen(
+        command, env=clean_environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    _next_line(process, "ready")
+    return process
+
+
+def _next_line(process: subprocess.Popen[str], wanted: str) -> str:
+    assert process.stdout is not None
+    for line in process.stdout:  # packages may greet while they are imported
+        if line.strip() == wanted or (wanted == "a number" and line.strip().isdigit()):
+            return line.strip()
+    raise AssertionError(f"forked.py ended with {process.wait(30)}; run it by hand to see why")
+
+
+def run_ranks(
+    num_processes: int, script: Path, arguments: Sequence[object], timeout_s: float, folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script as the ranks of one job, as `finish([*torchrun(...), ...])` does, with the imports paid already.
+
+    `folder` is theirs alone while they run.
+    """
+    with _one_launch, socket.socket() as free:
+        free.bind(("localhost", 0))
+        launch = {
+            "script": str(script), "arguments": [str(word) for word in arguments], "num_processes": num_processes,
+            "port": free.getsockname()[1], "folder": str(folder),
+        }  # fmt: skip
+        process = _forking()
+        assert process.stdin is not None
+        (folder / "ranks.status").unlink(missing_ok=True)
+        free.close()
+        print(json.dumps(launch), file=process.stdin, flush=True)
+        group = int(_next_line(process, "a number"))
+    end_s = time.monotonic() + timeout_s
+    while Path(f"/proc/{group}").exists() and time.monotonic() < end_s:
+        time.sleep(0.02)
+    if not (folder / "ranks.status").exists():
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        out, err = _written(folder)
+        pytest.fail(f"{script.name} took more than {timeout_s} s, or was killed\n{out[-3000:]}\n{err[-3000:]}")
+    status = int((folder / "ranks.status").read_text(encoding="utf-8"))
+    return subprocess.CompletedProcess([str(script)], status, *_written(folder))
+
+
+def _written(folder: Path) -> tuple[str, str]:
+    out, err = ((folder / name).read_text(encoding="utf-8", errors="replace") for name in ("ranks.out", "ranks.err"))
+    return out, err
+
+
 def torchrun(num_processes: int) -> list[str]:
     return [
         sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", "--master-port=0",
@@ -116,16 +178,20 @@ def write_config(path: Path, config: dict[str, Any], **top: Any) -> Path:
 
 
 def train_jobs(
-    jobs: Sequence[Job], num_processes: int, folder: Path, timeout_s: float = 600, **env: str
+    jobs: Sequence[Job], num_processes: int, folder: Path, timeout_s: float = 600, worker: Path = WORKER, **env: str
 ) -> dict[str, Run]:
-    """Trains the jobs one after the other in one process group under torchrun; what each left, by its name."""
+    """Trains the jobs one after the other in one process group; what each left, by its name. With variables of its own
+    (`env`) the group is started by torchrun."""
     listed = []
     for job in jobs:
         config = write_config(folder / f"{job.name}.yaml", job.config, name=job.name, output=str(folder / "runs"))
         listed.append({"name": job.name, "config": str(config), "by_rank": job.by_rank or {}})
     (folder / "jobs.json").write_text(json.dumps(listed))
-    arguments = [str(WORKER), str(folder / "jobs.json"), str(folder / "results.json")]
-    done = finish([*torchrun(num_processes), *arguments], timeout_s, folder, **env)
+    arguments = [str(folder / "jobs.json"), str(folder / "results.json")]
+    if env:
+        done = finish([*torchrun(num_processes), str(worker), *arguments], timeout_s, folder, **env)
+    else:
+        done = run_ranks(num_processes, worker, arguments, timeout_s, folder)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     results = [read_json(folder / f"results.json.{rank}") for rank in range(num_processes)]
     return {job.name: Run(folder / "runs" / job.name, tuple(r[job.name] for r in results)) for job in jobs}

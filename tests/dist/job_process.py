@@ -3,6 +3,7 @@
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -136,6 +137,14 @@ def accelerate_command(config: Path, num_processes: int = 2) -> list[str]:
     return [*launch, "--main_process_port=0", "-m", "dist_finetune", "train", str(config)]
 
 
+def deepspeed_command(config: Path, num_processes: int = 2) -> list[str]:
+    launch = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(num_processes)]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = ["--master_port", str(listener.getsockname()[1])]
+    return [*launch, *port, "--module", "dist_finetune", "train", str(config)]
+
+
 def last_step(run: Path) -> int:
     """The newest optimizer step in metrics.jsonl; -1 before the first."""
     path = run / "metrics.jsonl"
@@ -154,6 +163,6 @@ def wait_for_step(job: JobProcess, run: Path, step: int, timeout_s: float = 90) 
 
 
 __all__ = [
-    "HANDLED", "JobProcess", "accelerate_command", "faulty_config", "hears_of_signals", "last_step", "read_json",
-    "run_command", "started", "torchrun_command", "wait_for", "wait_for_step", "write_config",
+    "HANDLED", "JobProcess", "accelerate_command", "deepspeed_command", "faulty_config", "hears_of_signals",
+    "last_step", "read_json", "run_command", "started", "torchrun_command", "wait_for", "wait_for_step", "write_config",
 ]  # fmt: skip

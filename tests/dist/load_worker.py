@@ -5,7 +5,6 @@ writes RESULTS.json.RANK. `tied_model` is a model of a user's own.
 """
 
 import json
-import os
 import resource
 import sys
 import tempfile
@@ -137,7 +136,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # a file for `fixed`, not one for the layers
         found["full"] = load("load_worker:tied_model", world, "none")
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        found["left"] = {"files": os.listdir(folder / "tmp")}
+        found["left"] = {"files": [path.name for path in (folder / "tmp").iterdir()]}
         tempfile.tempdir = str(folder / "not-there")
         found["no folder"] = load("load_worker:tied_model", world, "none")
         Path(f"{results}.{world.rank}").write_text(json.dumps(found), encoding="utf-8")

@@ -1,18 +1,27 @@
 """Training from stored activations: the same numbers as without, the export complete, the store shared by runs."""
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import Job, Run, RunJobs, read_lines
+from harness import STRATEGIES, Job, Run, RunJobs, finish, read_json, write_config
 from material import Material, write_sentences
 
 from dist_finetune.cache.tokens import STORE_FROM_ROWS
 
 pytestmark = pytest.mark.dist
 
-STRATEGIES = ("ddp", "zero2", "zero3")
+WAYS = [*(("text", strategy) for strategy in STRATEGIES), ("image", "ddp"), ("image", "zero3")]
+BF16_TOLERANCE = 1e-2
+"""Of losses, relative, where activations are stored in bf16."""
+PHASES = [
+    {"name": "head", "freeze": "backbone", "epochs": 2},
+    {"name": "top", "freeze": {"embeddings": True, "layers": "0"}, "epochs": 2},
+    {"name": "all", "freeze": "none", "epochs": 1},
+]
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +32,23 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pairs(material: Material, runs: RunJobs, shared_cache: Path) -> dict[str, Run]:
     jobs = []
-    for kind, config in (("text", material.text()), ("image", material.image())):
-        for strategy in STRATEGIES:
-            jobs += [
-                Job(f"{kind}-{strategy}-{mode}", {**config, "shard": {"strategy": strategy}, "cache": mode})
-                for mode in ("off", "on")
-            ]
+    configs = {"text": material.text(), "image": material.image()}
+    for kind, strategy in WAYS:
+        jobs += [
+            Job(f"{kind}-{strategy}-{mode}", {**configs[kind], "shard": {"strategy": strategy}, "cache": mode})
+            for mode in ("off", "on")
+        ]
+    plain = {key: value for key, value in material.text().items() if key != "freeze"}
+    jobs += [
+        Job(f"phases-{mode}", {**plain, "phases": PHASES, "shard": {"strategy": "zero2"}, "cache": mode})
+        for mode in ("off", "auto")
+    ]
+    half = {"mode": "on", "dtype": "bf16"}
+    jobs.append(Job("text-bf16", {**material.text(), "shard": {"strategy": "ddp"}, "cache": half}))
     jobs.append(Job("two", elsewhere(material, shared_cache)))
-    views = material.image(data={"augment": True}, train={"epochs": 3})
-    jobs.append(Job("views", {**views, "cache": {"mode": "on", "views": 2}, "shard": {"strategy": "ddp"}}))
+    augmented = {**material.image(data={"augment": True}, train={"epochs": 3}), "shard": {"strategy": "ddp"}}
+    jobs.append(Job("views", {**augmented, "cache": {"mode": "on", "views": 2}}))
+    jobs.append(Job("augmented", {**augmented, "cache": "off"}))
     jobs += [Job(f"large-{number}", large(material, shared_cache)) for number in (1, 2)]
     return runs(jobs, 2)
 
@@ -50,7 +67,7 @@ def large(material: Material, cache: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("text", 1e-6), ("image", 1e-5)])
 def test_losses_are_those_of_the_plain_run(pairs: dict[str, Run], kind: str, tolerance: float) -> None:
-    for strategy in STRATEGIES:
+    for strategy in (way for of_kind, way in WAYS if of_kind == kind):
         plain, cached = pairs[f"{kind}-{strategy}-off"], pairs[f"{kind}-{strategy}-on"]
         assert "cache built" in log_of(cached) or "cache reused" in log_of(cached)
         assert cached.series("train/loss") == pytest.approx(plain.series("train/loss"), rel=tolerance)
@@ -58,7 +75,7 @@ def test_losses_are_those_of_the_plain_run(pairs: dict[str, Run], kind: str, tol
 
 
 def test_the_export_is_complete_and_frozen_tensors_are_the_sources(pairs: dict[str, Run]) -> None:
-    for name in (f"{kind}-{strategy}" for kind in ("text", "image") for strategy in STRATEGIES):
+    for name in (f"{kind}-{strategy}" for kind, strategy in WAYS):
         plain, cached = pairs[f"{name}-off"], pairs[f"{name}-on"]
         assert list(plain.weights()) == list(cached.weights())
         assert cached.summary["frozen_verified"] == plain.summary["frozen_verified"]
@@ -66,6 +83,34 @@ def test_the_export_is_complete_and_frozen_tensors_are_the_sources(pairs: dict[s
         for key, value in cached.weights().items():
             if key in cached.summary["frozen_verified"]:
                 assert torch.equal(value, exported[key]), f"{name}: {key}"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_rank_holds_the_cached_prefix(pairs: dict[str, Run], strategy: str) -> None:
+    """All that is frozen lies below the cut; what trains takes what it took."""
+    plain, cached = (pairs[f"text-{strategy}-{mode}"].summary["memory"]["actual"] for mode in ("off", "on"))
+    assert cached["frozen_weights"] == 0 < plain["frozen_weights"]
+    for kind in ("trainable_weights", "optimizer", "masters"):
+        assert cached[kind] == plain[kind]
+    assert cached["total"] <= plain["total"] - plain["frozen_weights"]
+
+
+def test_a_phase_that_freezes_less_fills_another_cache_or_has_none(pairs: dict[str, Run]) -> None:
+    plain, cached = pairs["phases-off"], pairs["phases-auto"]
+    keys = re.findall(r"cache (?:built|reused).* (/\S+)", log_of(cached))
+    assert len(set(keys)) == len(keys) == 2  # and the second may be another run's
+    assert "no cache" not in log_of(cached)
+    assert cached.series("train/loss") == pytest.approx(plain.series("train/loss"), rel=1e-5)
+    assert cached.series("eval/accuracy") == plain.series("eval/accuracy")
+    assert [phase["name"] for phase in cached.summary["phases"]] == ["head", "top", "all"]
+
+
+def test_bf16_halves_the_store_and_stays_within_its_tolerance(pairs: dict[str, Run]) -> None:
+    plain, whole, half = (pairs[f"text-{name}"] for name in ("ddp-off", "ddp-on", "bf16"))
+    losses = half.series("train/loss")
+    assert losses != whole.series("train/loss")
+    assert losses == pytest.approx(plain.series("train/loss"), rel=BF16_TOLERANCE)
+    assert stored_bytes(half) * 2 == stored_bytes(whole) > 0
 
 
 def test_a_second_run_reuses_what_the_first_stored(pairs: dict[str, Run]) -> None:
@@ -83,9 +128,35 @@ def test_an_entry_is_readable_at_another_world_size(
     assert one.series("train/loss") == pytest.approx(pairs["two"].series("train/loss"), rel=1e-5)
 
 
+SLOW_DISK_RUN = """
+import sys
+from dist_finetune import load_spec, train
+from dist_finetune.cache import build, worth
+
+worth.LITTLE_S, worth.SAVED_S, build.SLOW_DISK = 0.0, 0.0, 1.0
+build.disk_speed = lambda folder, num_bytes: (1.0, 1.0)  # bytes a second
+train(load_spec(sys.argv[1], sys.argv[2:]))
+"""
+
+
+def test_auto_goes_without_where_the_disk_is_too_slow_and_stays_so(material: Material, tmp_path: Path) -> None:
+    path = write_config(tmp_path / "slow.yaml", material.text(), name="slow", output=str(tmp_path / "runs"))
+    done = finish([sys.executable, "-c", SLOW_DISK_RUN, str(path)], 200, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = Run(tmp_path / "runs" / "slow", ())
+    assert re.search(r"note: no cache: it would not pay: .* s is all that it would spare: 2 passes of ", log_of(run))
+    assert not list((tmp_path / "runs").rglob(".cache/*/meta.json"))
+    state = max((run.folder / "checkpoints").glob("step-*")) / "state.json"
+    assert read_json(state)["progress"]["uncached"] == [0]  # what a resumed run goes by, on whatever disk
+
+
 def test_views_of_augmented_images_cycle(pairs: dict[str, Run]) -> None:
+    """Version v is the image of the plain run's epoch v: with two of them, the third epoch sees the first again."""
+    cached, plain = (pairs[name].series("train/loss") for name in ("views", "augmented"))
     assert "cache built" in log_of(pairs["views"])
-    assert len(read_lines(pairs["views"].folder / "metrics.jsonl")) > 0
+    steps = len(plain) // 3
+    assert cached[: 2 * steps] == pytest.approx(plain[: 2 * steps], rel=1e-5)
+    assert cached[2 * steps :] != pytest.approx(plain[2 * steps :], rel=3e-5)
 
 
 def test_tokens_of_a_large_data_set_are_kept(pairs: dict[str, Run], shared_cache: Path) -> None:
@@ -95,6 +166,13 @@ def test_tokens_of_a_large_data_set_are_kept(pairs: dict[str, Run], shared_cache
     assert (entry / "input_ids.npy").stat().st_mtime < (first.folder / "plan.json").stat().st_mtime
     assert first.series("train/loss") == second.series("train/loss")
     assert len(first.series("train/loss")) == 2
+
+
+def stored_bytes(run: Run) -> int:
+    """Bytes of the activations that the run trained from, wherever its log says they are."""
+    folder = Path(re.findall(r"cache (?:built|reused).* (/\S+)", log_of(run))[-1])
+    assert read_json(folder / "meta.json")["splits"]["train"]["dtype"] in ("fp32", "bf16")
+    return sum(path.stat().st_size for path in folder.glob("*.bin"))
 
 
 def log_of(run: Run) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import STRATEGIES, finish, read_json, torchrun, write_config
+from harness import STRATEGIES, read_json, run_ranks, write_config
 from material import Material
 
 pytestmark = pytest.mark.dist
@@ -21,7 +21,7 @@ def held(material: Material, tmp_path_factory: pytest.TempPathFactory) -> dict[i
     folder = tmp_path_factory.mktemp("held")
     config = write_config(folder / "held.yaml", material.text(train={"head_lr": 1e-3}), output=str(folder / "runs"))
     for n in (1, 2):
-        done = finish([*torchrun(n), str(WORKER), str(config), str(folder / f"{n}.json"), *STRATEGIES], 400, folder)
+        done = run_ranks(n, WORKER, [config, folder / f"{n}.json", *STRATEGIES], 400, folder)
         assert done.returncode == 0, done.stderr[-5000:]
     return {n: [read_json(folder / f"{n}.json.{rank}") for rank in range(n)] for n in (1, 2)}
 

@@ -25,13 +25,13 @@ BATCH = {"train": {"eval_batch_size": 4}}
 
 @pytest.fixture(scope="module")
 def feature_runs(material: Material, runs: RunJobs) -> dict[str, Run]:
-    """A BERT and a CNN at 1 and at 2 processes."""
+    """A BERT and a CNN at 1, 2 and 4 processes."""
     jobs = {
         "text": material.text(**FEATURES, **BATCH, features={"class_weight": "balanced"}),
         "image": material.image(**FEATURES, **BATCH, features={"heads": ["softmax", "svm"], "pool": "pyramid"}),
     }
     found: dict[str, Run] = {}
-    for num in (1, 2):
+    for num in (1, 2, 4):
         done = runs([Job(f"{kind}-{num}", config) for kind, config in jobs.items()], num)
         found |= done
     return found
@@ -44,28 +44,32 @@ def features_of(run: Run, split: str, depth: str) -> tuple[np.ndarray, np.ndarra
     return torch.cat([s[depth] for s in shards])[order].numpy(), torch.cat([s["labels"] for s in shards])[order].numpy()
 
 
+@pytest.mark.parametrize("num", [2, 4])
 @pytest.mark.parametrize("kind", ["text", "image"])
-def test_features_are_bit_identical_at_one_and_two_processes(feature_runs: dict[str, Run], kind: str) -> None:
-    one, two = feature_runs[f"{kind}-1"], feature_runs[f"{kind}-2"]
+def test_features_are_bit_identical_at_any_number_of_processes(
+    feature_runs: dict[str, Run], kind: str, num: int
+) -> None:
+    one, many = feature_runs[f"{kind}-1"], feature_runs[f"{kind}-{num}"]
     rows = {"text": (NUM_TRAIN, NUM_VALIDATION), "image": (NUM_IMAGES, NUM_VALIDATION_IMAGES)}[kind]
-    assert (one.summary["world_size"], two.summary["world_size"]) == (1, 2)
-    assert one.summary["extracted_rows"] == two.summary["extracted_rows"] == sum(rows)
+    assert (one.summary["world_size"], many.summary["world_size"]) == (1, num)
+    assert one.summary["extracted_rows"] == many.summary["extracted_rows"] == sum(rows)
     depths = list(dict.fromkeys(result["depth"] for result in one.summary["results"]))
     assert depths[0] == "stem"
     assert depths[-1] == "head"
     for split, num_rows in zip(("train", "validation"), rows, strict=True):
         for depth in depths:
             ours, labels = features_of(one, split, depth)
-            theirs, their_labels = features_of(two, split, depth)
+            theirs, their_labels = features_of(many, split, depth)
             assert len(ours) == num_rows
             assert np.array_equal(labels, their_labels)
             assert np.array_equal(ours, theirs), (split, depth)
 
 
+@pytest.mark.parametrize("num", [2, 4])
 @pytest.mark.parametrize("kind", ["text", "image"])
-def test_heads_are_the_same_at_one_and_two_processes(feature_runs: dict[str, Run], kind: str) -> None:
-    one, two = (feature_runs[f"{kind}-{num}"].summary["results"] for num in (1, 2))
-    assert [{**r, "fit_s": 0} for r in one] == [{**r, "fit_s": 0} for r in two]
+def test_heads_are_the_same_at_any_number_of_processes(feature_runs: dict[str, Run], kind: str, num: int) -> None:
+    one, many = (feature_runs[f"{kind}-{world_size}"].summary["results"] for world_size in (1, num))
+    assert [{**r, "fit_s": 0} for r in one] == [{**r, "fit_s": 0} for r in many]
     assert len(one) == {"text": 5 * 3, "image": 6 * 2}[kind]
 
 
@@ -167,13 +171,19 @@ def test_one_ranks_bad_depth_and_idle_settings_are_refused_by_all(material: Mate
         assert not done[name].folder.exists()
 
 
-def test_the_features_command_takes_a_training_config_as_it_is(material: Material, tmp_path: Path) -> None:
-    config = write_config(
-        tmp_path / "c.yaml", material.text(**BATCH, features={"at": ["head"]}), output=str(tmp_path / "runs")
-    )
+def test_features_and_advise_take_any_training_config_as_it_is(material: Material, tmp_path: Path) -> None:
+    """Here one whose freeze, augmentation and cache make no sense without training."""
+    only_training = {"freeze": "backbone", "cache": {"mode": "on", "views": 2}, "output": str(tmp_path / "runs")}
+    base = material.image(**BATCH, features={"at": ["head"]}, data={"augment": True})
+    config = write_config(tmp_path / "c.yaml", base | only_training)
     command = [sys.executable, "-m", "dist_finetune", "features", str(config), "--processes", "2"]
     done = finish(command, 200, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+    advised = finish([sys.executable, "-m", "dist_finetune", "advise", str(config)], 200, tmp_path)
+    assert advised.returncode == 0, advised.stderr[-3000:]
+    ready = load_spec(tmp_path / "runs" / "c-advise" / "advice.yaml")
+    assert ready.freeze.is_none()
+    assert (ready.task == "features") == (not ready.phases)
     folder = tmp_path / "runs" / "c-features"
     assert sorted(path.name for path in folder.iterdir() if path.suffix == ".svg") == ["features.svg"]
     assert read_json(folder / "summary.json")["world_size"] == 2

@@ -6,42 +6,53 @@
 from pathlib import Path
 
 import pytest
+import torch
 from invariance.cases import FREEZES, MODELS, ROWS, STRATEGIES, WORLD_SIZES, Case, few, full_product, pairwise
 from invariance.compare import TOLERANCES, Outcome, beyond, compare
 from invariance.suite import run_cases
 
-pytestmark = pytest.mark.dist
-
 NUM_FEW, NUM_PAIRWISE = 30, 150
 
 
-def _check(cases: list[Case], folder: Path, timeout_s: float) -> None:
-    results = run_cases(cases, folder, timeout_s)
+def _check(cases: list[Case], folder: Path, timeout_s: float, num_gpus: int = 0) -> None:
+    results = run_cases(cases, folder, timeout_s, num_gpus)
     problems = [f"{result.case.name}: {result.problem}" for result in results if result.problem]
     assert not problems, "\n".join(problems)
     compared = [result for result in results if result.distance]
     assert {result.case for result in compared} >= {case for case in cases if case.strategy != "ddp"}
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the cover below has all its values
+@pytest.mark.dist
 def test_a_few_ways_at_one_and_two_processes(tmp_path: Path) -> None:
     _check(few(NUM_FEW), tmp_path, 900)
 
 
-@pytest.mark.slow
+@pytest.mark.dist
 def test_every_pair_of_choices(tmp_path: Path) -> None:
     _check(pairwise(NUM_PAIRWISE), tmp_path, 1800)
+
+
+@pytest.mark.dist
+@pytest.mark.gpu
+def test_a_few_ways_on_gpus(tmp_path: Path) -> None:
+    num_gpus = torch.cuda.device_count()
+    if not num_gpus:
+        pytest.skip("needs CUDA devices: the same numbers with NCCL and GPU kernels, at the tolerances of compare.py")
+    _check([case for case in few(NUM_FEW) if case.world_size <= num_gpus], tmp_path, 900, num_gpus)
 
 
 def test_covers_hold_what_they_promise() -> None:
     product, cover, small = full_product(), pairwise(NUM_PAIRWISE), few(NUM_FEW)
     assert len(product) > 3000
     assert len(cover) == len(set(cover)) == NUM_PAIRWISE
-    assert {(c.freeze, c.strategy) for c in product} == {(c.freeze, c.strategy) for c in cover}
+    shared_out = [c for c in cover if c.world_size > 1]
+    assert {(c.freeze, c.strategy) for c in product} == {(c.freeze, c.strategy) for c in shared_out}
     assert {(c.model, c.strategy) for c in cover} == {(m, s) for m in MODELS for s in STRATEGIES}
     assert {(c.strategy, c.world_size) for c in cover} == {(s, w) for s in STRATEGIES for w in WORLD_SIZES}
-    for pair in (lambda c: c.strategy, lambda c: c.world_size, lambda c: c.accumulation, lambda c: c.rows):
-        assert {(c.loss, pair(c)) for c in cover} == {(loss, pair(c)) for c in product for loss in ("tokens", "samples")}
+    for part in (lambda c: c.strategy, lambda c: c.world_size, lambda c: c.accumulation, lambda c: c.rows):
+        pairs = {(loss, part(c)) for c in product for loss in ("tokens", "samples")}
+        assert {(c.loss, part(c)) for c in cover} == pairs
     assert {c.loss for c in small} == {"tokens", "samples"}
     assert {c.freeze for c in small} == set(FREEZES)
     assert {c.strategy for c in small} == set(STRATEGIES)
@@ -50,7 +61,6 @@ def test_covers_hold_what_they_promise() -> None:
 
 def test_a_difference_is_seen() -> None:
     """The comparison itself: one value changed at a time, each just beyond its tolerance."""
-    import torch
 
     def outcome(**changes: object) -> Outcome:
         base = {

@@ -28,8 +28,10 @@ def test_planned_bytes_are_those_of_the_engines(world_size: int, tmp_path: Path)
             assert planned[name] == pytest.approx(real[name], rel=0.01), (case, name)
         assert real["optimizer"] > 0
         assert planned["saved"] == pytest.approx(real["saved"], rel=0.05), case
-        # exact where nothing but DDP's buckets comes and goes, else an upper bound
-        assert 0.99 * real["peak"] <= planned["peak"] <= (1.02 if row["strategy"] == "ddp" else 1.5) * real["peak"], case
+        # an upper bound, and close under ddp: as its last backward pass goes on, gradients of earlier micro-batches
+        # leave for the buckets
+        most = 1.06 if row["strategy"] == "ddp" else 1.5
+        assert 0.99 * real["peak"] <= planned["peak"] <= most * real["peak"], case
     assert done.returncode == 0, done.stdout[-3000:]
 
 
@@ -46,6 +48,20 @@ def test_peak_on_a_gpu_stays_below_the_plan(material, runs):
     for run in runs(jobs, 1, CUDA_VISIBLE_DEVICES="0", DS_ACCELERATOR="cuda").values():
         memory = run.summary["memory"]
         assert memory["planned"]["peak"] >= memory["actual"]["peak"] > memory["planned"]["total"] * 0.5
+
+
+@pytest.mark.gpu
+def test_no_gpu_ever_holds_the_whole_model(material, runs):
+    """zero3 and fsdp cut weights as they arrive: a run's peak on each of two GPUs is below the bytes of the weights."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices: the peak of each is compared with the bytes of the model")
+    changes = {"model": {"name": "demo:minilm"}, "data": {"max_length": 16}, "train": {"micro_batch_size": 1}}
+    config = {**material.text(**changes), "freeze": {"embeddings": True, "layers": "all"}, "cache": "off"}
+    sections = {"zero3": {"strategy": "zero3"}, "fsdp": {"strategy": "fsdp", "frozen": "shard"}}
+    jobs = [Job(f"cut-{name}", {**config, "shard": section}) for name, section in sections.items()]
+    for run in runs(jobs, 2, DS_ACCELERATOR="cuda").values():
+        weights = 4 * (run.summary["num_frozen"] + run.summary["num_trainable"])
+        assert run.summary["memory"]["actual"]["peak"] < 0.9 * weights
 
 
 def test_summary_holds_planned_and_actual_side_by_side(matrix: Matrix):

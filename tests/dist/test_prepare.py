@@ -17,7 +17,9 @@ MODEL, DATA = "someone/tiny-bert", "someone/topics"
 DEAD = "http://127.0.0.1:9"
 
 
-def command(place: Path, verb: str, *arguments: str, endpoint: str = DEAD, **env: str) -> subprocess.CompletedProcess[str]:
+def command(
+    place: Path, verb: str, *arguments: str, endpoint: str = DEAD, **env: str
+) -> subprocess.CompletedProcess[str]:
     """The command in `place` with a cache of its own there, online at `endpoint` unless `env` says otherwise."""
     hub = {"HF_HOME": str(place / "hf"), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
     return finish([sys.executable, "-m", "dist_finetune", verb, *arguments], 240, place, **{**hub, **env})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import REPOSITORY, STRATEGIES, Job, Run, RunJobs, finish, read_json, read_lines, torchrun, write_config
+from harness import REPOSITORY, STRATEGIES, Job, Run, RunJobs, read_json, read_lines, run_ranks, write_config
 from material import Material
 from safetensors.torch import load_file
 
@@ -35,8 +35,7 @@ def resume(tmp_path_factory: pytest.TempPathFactory) -> Resume:
             path = write_config(folder / f"{number}.yaml", config, name=name, output=str(output))
             listed.append({"config": str(path), **more})
         (folder / "jobs.json").write_text(json.dumps(listed), encoding="utf-8")
-        command = [*torchrun(num_processes), str(WORKER), str(folder / "jobs.json"), str(folder / "results.json")]
-        done = finish(command, 900, folder)
+        done = run_ranks(num_processes, WORKER, [folder / "jobs.json", folder / "results.json"], 900, folder)
         assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         results = read_json(folder / "results.json")
         return [Run(output / name, ()) for name, _, _ in jobs], results
@@ -134,7 +133,7 @@ def test_augmented_images_and_moving_statistics(material: Material, resume: Resu
 def test_phases_go_on_where_they_were(material: Material, resume: Resume) -> None:
     """Stopped in the first phase, in the second, and right after a phase that ended early on a plateau."""
     phases = [
-        {"name": "head", "freeze": "backbone", "epochs": 3, "until": "plateau", "lr": 1e-12, "head_lr": 1e-12},
+        {"name": "head", "freeze": "backbone", "epochs": 3, "until": "plateau", "head_lr": 1e-12},
         {"name": "top", "freeze": {"embeddings": True, "layers": "0-1"}, "epochs": 1, "lr": 1e-3},
         {"name": "more", "freeze": {"embeddings": True, "layers": "0"}, "epochs": 1, "lr": 1e-4},
     ]

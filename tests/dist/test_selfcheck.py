@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,27 +19,36 @@ COMMAND = [sys.executable, "-m", "dist_finetune", "selfcheck"]
 @pytest.mark.dist
 def test_it_says_yes_and_leaves_nothing_behind(material: Material, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.yaml", material.text(shard={"strategy": "fsdp"}), output=str(tmp_path / "runs"))
-    done = finish([*COMMAND, str(config), "--processes", "2", "--steps", "5"], 300, tmp_path)
+    done = finish([*COMMAND, str(config), "--processes", "2", "--steps", "5", "train.warmup=100"], 300, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "5 steps on 1 process with ddp and on 2 with fsdp: yes, the same numbers" in done.stdout
     assert "21 frozen tensors compared byte for byte" in done.stdout
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["--processes", "1"], "give --processes 2 or more"),
-        (["phases=gradual", "freeze.embeddings=false", "freeze.layers=null"], "a run of one phase"),
-    ],
-)
-def test_it_refuses_what_it_cannot_compare(
-    material: Material, tmp_path: Path, overrides: list[str], words: str
-) -> None:
+PHASES = [
+    {"name": "head", "freeze": "backbone", "epochs": 5, "until": "plateau", "warmup": 50},
+    {"name": "all", "freeze": {"embeddings": True}, "epochs": 9},
+]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("phases", "frozen"), [(PHASES, 5), pytest.param("lp-ft", 21, marks=pytest.mark.slow)])
+def test_it_passes_through_all_phases(material: Material, tmp_path: Path, phases: Any, frozen: int) -> None:
+    """Both runs end in the second: what the first freezes and the second trains is no frozen tensor."""
+    config = material.text(phases=phases, **({} if phases == "lp-ft" else {"freeze": None}))
+    path = write_config(tmp_path / "c.yaml", config, output=str(tmp_path / "runs"))
+    done = finish([*COMMAND, str(path), "--processes", "2", "--steps", "6", "shard.strategy=zero2"], 400, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "6 steps on 1 process with ddp and on 2 with zero2: yes, the same numbers" in done.stdout
+    assert f"{frozen} frozen tensors compared byte for byte" in done.stdout
+
+
+def test_it_refuses_what_it_cannot_compare(material: Material, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.yaml", material.text(), output=str(tmp_path / "runs"))
-    done = finish([*COMMAND, str(config), *overrides], 60, tmp_path)
+    done = finish([*COMMAND, str(config), "--processes", "1"], 60, tmp_path)
     assert done.returncode == 2
-    assert words in done.stderr
+    assert "give --processes 2 or more" in done.stderr
 
 
 def write_run(folder: Path, *, loss: float = 1.0, lr: float = 1e-4, frozen: float = 1.0, logit: float = 0.0) -> Path:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from job_process import (
     HANDLED,
     JobProcess,
     accelerate_command,
+    deepspeed_command,
     faulty_config,
     hears_of_signals,
     run_command,
@@ -112,6 +114,20 @@ def test_torchrun_that_is_killed_takes_its_workers_along(
         wait_for_step(job, run, 3)
         job.process.kill()
         job.wait(5)  # also waits until no worker is left
+        check_stopped(job, run, 0, "SIGTERM", expected_code=0)
+
+
+def test_deepspeed_that_is_ended_takes_its_workers_along(
+    make_config: Callable[..., Path], material: Material, tmp_path: Path
+) -> None:
+    """It passes no signal on, and its workers' parent is a process in between, which would keep them."""
+    config, run = make_config(**LONG), tmp_path / "runs" / "job"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with started(deepspeed_command(config), tmp_path, material, PATH=path) as job:
+        wait_for_step(job, run, 3)
+        job.process.terminate()
+        assert job.process.wait(timeout=20) != 0
+        wait_for(lambda: not job.pids(), 40, lambda: f"processes are left: {job.pids()}\n{job.output()[-3000:]}")
         check_stopped(job, run, 0, "SIGTERM", expected_code=0)
 
 
@@ -214,7 +230,8 @@ def test_a_failed_job_is_started_again(make_config: Callable[..., Path], materia
 
 def test_a_rank_that_hangs_is_named(make_config: Callable[..., Path], material: Material, tmp_path: Path) -> None:
     """Once in its own code, where it is behind while others wait for it, and once stopped as a whole."""
-    config, run = make_config(train={"epochs": 400}, launch={"timeout": "10 s", "file_timeout": "20 s"}), tmp_path / "runs" / "job"
+    config = make_config(train={"epochs": 400}, launch={"timeout": "10 s", "file_timeout": "20 s"})
+    run = tmp_path / "runs" / "job"
     fault = json.dumps({"kind": "hang", "rank": 1, "call": 30})
     with started(run_command(config), tmp_path, material, FAULT=fault) as job:
         assert job.wait(60) == 1

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Job, Run, RunJobs, finish, read_json, torchrun, write_config
+from harness import Job, Run, RunJobs, read_json, read_lines, run_ranks, train_jobs, write_config
 from material import Material
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.dist
 
+OVERFLOW_WORKER = Path(__file__).with_name("overflow_worker.py")
 MIXED = ("ddp", "zero2", "zero3", "fsdp")
 
 
@@ -25,11 +26,35 @@ def mixed(material: Material, runs: RunJobs) -> dict[str, Run]:
     rounded = {"freeze": {"embeddings": True, "layers": "0", "dtype": "bf16"}}
     jobs = [Job("fp32", config_of(material, "ddp"))]
     jobs += [Job(f"bf16-{s}", config_of(material, s, precision="bf16")) for s in MIXED]
-    jobs += [Job(f"fp16-{s}", config_of(material, s, precision="fp16")) for s in ("ddp", "fsdp")]
+    jobs += [Job(f"fp16-{s}", config_of(material, s, precision="fp16")) for s in MIXED]
     jobs += [Job(f"rounded-{s}", {**config_of(material, s, precision="bf16"), **rounded}) for s in MIXED]
     jobs += [Job(f"recomputed-{s}", config_of(material, s, gradient_checkpointing=True)) for s in MIXED]
     jobs += [Job("rounded-fsdp-shard", {**config_of(material, "fsdp", "shard", precision="bf16"), **rounded})]
     return runs(jobs, 2)
+
+
+@pytest.fixture(scope="module")
+def overflowing(material: Material, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Sixteen steps in fp16 whose first ones overflow, under each strategy and offload, on 2 processes."""
+    ways = {"ddp": {}, "zero1": {}, "zero2": {}, "zero3": {}, "fsdp": {}, "zero2 offload": {"offload": "optimizer"}}
+    jobs = []
+    for name, more in (*ways.items(), ("zero3 offload", {"offload": "parameters"})):
+        config = config_of(material, name.split()[0], precision="fp16", max_steps=16)
+        jobs.append(Job(name, {**config, "shard": {**config["shard"], **more}}))
+    return train_jobs(jobs, 2, tmp_path_factory.mktemp("overflowing"), worker=OVERFLOW_WORKER)
+
+
+def test_an_overflow_in_fp16_is_left_out_alike_by_every_strategy(overflowing: dict[str, Run]) -> None:
+    skipped = {
+        name: [row["step"] for row in read_lines(run.folder / "metrics.jsonl") if "train/skipped" in row]
+        for name, run in overflowing.items()
+    }
+    reference = overflowing["ddp"]
+    assert 2 < len(skipped["ddp"]) < 12
+    assert set(map(tuple, skipped.values())) == {tuple(skipped["ddp"])}
+    for name, run in overflowing.items():
+        assert run.series("train/loss") == pytest.approx(reference.series("train/loss"), rel=2e-3), name
+        assert run.series("train/grad_norm") == pytest.approx(reference.series("train/grad_norm"), rel=2e-2), name
 
 
 @pytest.mark.parametrize("strategy", MIXED)
@@ -39,7 +64,7 @@ def test_recomputing_changes_no_number(mixed: dict[str, Run], strategy: str) -> 
     assert recomputed.series("train/grad_norm") == pytest.approx(plain.series("train/grad_norm"), rel=5e-5)
 
 
-@pytest.mark.parametrize("name", [*(f"bf16-{s}" for s in MIXED), "fp16-ddp", "fp16-fsdp"])
+@pytest.mark.parametrize("name", [f"{precision}-{s}" for precision in ("bf16", "fp16") for s in MIXED])
 def test_mixed_precision_is_near_fp32_and_not_it(mixed: dict[str, Run], name: str) -> None:
     plain, losses = mixed["fp32"].series("train/loss"), mixed[name].series("train/loss")
     assert losses == pytest.approx(plain, rel=0.05)
@@ -60,6 +85,26 @@ def test_rounded_frozen_weights_leave_as_they_came(mixed: dict[str, Run], name: 
         assert torch.equal(weights[f"bert.{n}"], source[n]), n
     assert mixed[name].series("train/loss") == pytest.approx(mixed["fp32"].series("train/loss"), rel=0.05)
     assert len(mixed[name].summary["frozen_verified"]) >= len(frozen)
+
+
+def test_a_parameter_without_a_gradient_is_named_on_every_rank(material: Material, runs: RunJobs) -> None:
+    """Also where it takes part on the other rank, and under each strategy; frozen on all, it is no hindrance."""
+    free = {"embeddings": False, "layers": None}
+    jobs = [
+        Job(f"{where}-{strategy}-{frozen}", material.image(
+            model={"name": f"unused_model:{where}", "weights": "none"}, shard={"strategy": strategy}, cache="off",
+            train={"max_steps": 2, "epochs": 1}, freeze={**free, "patterns": [f"{frozen}.*"]},
+        ))
+        for where, frozen in (("on_all", "body"), ("on_rank_1", "body"), ("on_all", "spare")) for strategy in MIXED
+    ]  # fmt: skip
+    for name, run in runs(jobs, 2, may_fail=True).items():
+        messages = [rank.get("message") for rank in run.by_rank]
+        if name.endswith("spare"):
+            assert messages == [None, None], name
+        else:
+            for message in messages:
+                assert "2 trainable parameters have no part in the loss: spare.bias, spare.weight" in message, name
+                assert "freeze.patterns=[spare.bias, spare.weight]" in message
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp"])
@@ -85,7 +130,7 @@ def drifted(material: Material, tmp_path_factory: pytest.TempPathFactory) -> dic
         config = write_config(
             folder / f"{step}.yaml", config_of(material, "ddp"), name=f"drift-{step}", output=str(folder / "runs")
         )
-        done = finish([*torchrun(2), str(worker), str(config), str(folder / f"{step}.json"), str(step)], 300, folder)
+        done = run_ranks(2, worker, [config, folder / f"{step}.json", step], 300, folder)
         assert done.returncode == 0, done.stderr[-4000:]
         found[step] = [read_json(folder / f"{step}.json.{rank}") for rank in range(2)]
     return found

@@ -40,7 +40,8 @@ def both(material: Material, runs: RunJobs, alone: dict[str, Run]) -> dict[str, 
             jobs.append(Job(f"{label}-{strategy}", config))
     jobs.append(Job("tags-cached", material.task("tags", cache="on", train=SHORT, shard={"strategy": "zero2"})))
     phases = [{"name": "head", "freeze": "backbone", "epochs": 1}, {"name": "all", "freeze": "none", "epochs": 1}]
-    jobs.append(Job("score-phases", material.task("score", freeze=None, phases=phases, checkpoint={"best": "eval/mae"})))
+    best = {"best": "eval/mae"}
+    jobs.append(Job("score-phases", material.task("score", freeze=None, phases=phases, checkpoint=best)))
     base = {"name": str(alone["tags"].folder / "model"), "dropout": 0.0}
     jobs.append(Job("again", material.task("tags", model=base, train=ONE_BATCH, shard={"strategy": "zero2"})))
     for name, strategy in (("colours", "zero2"), ("brightness", "fsdp")):
@@ -116,7 +117,8 @@ def test_the_loss_of_a_step_is_the_mean_over_all_words_of_the_global_batch(
 ) -> None:
     """One global batch on two processes, 12 micro-batches of uneven words each, against plain torch row by row."""
     folder = alone["tags"].folder / "model"
-    model, tokenizer = AutoModelForTokenClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForTokenClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     sums, counts = [], []
     for line in (material.folder / "tasks.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)

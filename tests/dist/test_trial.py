@@ -1,7 +1,6 @@
 """`micro_batch_size: auto` is tried before it is used: what one rank can't hold, no rank takes."""
 
 import json
-import sys
 
 import pytest
 from harness import finish, torchrun, write_config
@@ -11,7 +10,8 @@ pytestmark = pytest.mark.dist
 TRY = """
 import json, resource, sys
 from pathlib import Path
-from dist_finetune.plan import local_topology, make_plan
+from dist_finetune.plan import make_plan
+from dist_finetune.topology import local_topology
 from dist_finetune.spec_file import load_spec
 from dist_finetune.trial import _runs, tried_micro_batch
 from dist_finetune.world import join_world
@@ -31,7 +31,8 @@ with join_world(spec.launch) as world:
     except Exception as found:
         error = f"{type(found).__name__}: {found}"
     above = world.rank == 1 and bool(rows) and _runs(plan, 2 * rows, world.device)
-    Path(f"{results}.{world.rank}").write_text(json.dumps([plan.batches.micro_batch_size, unlimited, rows, above, error]))
+    found = [plan.batches.micro_batch_size, unlimited, rows, above, error]
+    Path(f"{results}.{world.rank}").write_text(json.dumps(found))
 """
 
 

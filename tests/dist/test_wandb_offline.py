@@ -13,8 +13,8 @@ pytestmark = pytest.mark.dist
 
 BLOCK = 32 * 1024
 TRAIN_KEYS = {
-    "train/loss", "train/lr", "train/grad_norm", "perf/samples_per_s", "perf/step_s", "mem/peak_gib",
-    "params/trainable", "progress/epoch", "progress/samples",
+    "train/loss", "train/lr", "train/grad_norm", "perf/samples_per_s", "perf/step_s", "perf/data_wait_s",
+    "mem/peak_gib", "params/trainable", "progress/epoch", "progress/samples",
 }  # fmt: skip
 
 

@@ -62,7 +62,8 @@ ACCELERATOR = """
 import dataclasses, sys
 from dist_finetune.engine import open_accelerator
 from dist_finetune.errors import UserError
-from dist_finetune.plan import local_topology, make_plan
+from dist_finetune.plan import make_plan
+from dist_finetune.topology import local_topology
 from dist_finetune.spec_file import load_spec
 from dist_finetune.world import join_world
 

@@ -12,6 +12,7 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import torch
 import torch.distributed as dist
 
 from dist_finetune.cli import leave_at_once
@@ -30,7 +31,7 @@ def run_job(job: dict[str, Any], rank: int) -> dict[str, Any]:
 
 def main() -> None:
     jobs, results = Path(sys.argv[1]), Path(sys.argv[2])
-    dist.init_process_group("gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     rank = dist.get_rank()
     done = {job["name"]: run_job(job, rank) for job in json.loads(jobs.read_text(encoding="utf-8"))}
     assert dist.is_initialized(), "a run ended a process group that it had not made"

@@ -19,9 +19,9 @@ from dist_finetune.advise.text import config_block, plot_probes, ready_yaml
 from dist_finetune.data.columns import Columns
 from dist_finetune.data.tables import Tables
 from dist_finetune.errors import UserError
+from dist_finetune.plan import for_planning
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec
-from dist_finetune.worker import for_planning
 
 
 def spec_of(**more: Any) -> Spec:
@@ -123,6 +123,20 @@ def test_few_rows_are_seen_more_often() -> None:
 def test_augmentation_is_left_out_where_features_are_extracted() -> None:
     part = choices(evidence(RISING), 4, 5e-5)["features-last"]
     assert merged(spec_of(data={"train": "folder", "augment": True}), part).data.augment is False
+
+
+@pytest.mark.parametrize("name", ["features-last", "features-best", "fine-tune-top", "fine-tune-all"])
+def test_advice_on_any_config_for_training_can_be_run(name: str) -> None:
+    """What was frozen gives way, and a cache that was asked for is one where that is possible."""
+    image = {"model": {"name": "demo:efficientnet-lite0"}, "data": {"train": "folder", "augment": True}}
+    spec = spec_of(**image, freeze="backbone", cache={"mode": "on", "views": 2})
+    part = choices(evidence(RISING), 4, 5e-5)[name]
+    found = merged(spec, part)
+    assert found.freeze.is_none()
+    assert len(found.phases) == (0 if "task" in part else 2)
+    assert found.cache.mode == ("off" if "task" in part else "auto")
+    assert found.cache.views == (None if "task" in part else 2)
+    assert found.data.augment == ("task" not in part)
 
 
 @pytest.mark.parametrize("more", [{"freeze": "backbone"}, {"phases": "gradual"}, {"task": "features"}])

@@ -9,6 +9,7 @@ import pytest
 from dist_finetune.data.batches import (
     LENGTH_WINDOW,
     StepBatch,
+    cut_rows,
     deal,
     evaluation_batches,
     global_batches,
@@ -119,3 +120,53 @@ def test_evaluation_has_each_row_once_and_ranks_in_step(
     seen = Counter(int(i) for batches in ranks for batch in batches if not batch.is_filler for i in batch.ids)
     assert seen == Counter(range(num_rows))
     assert all(0 < len(batch.ids) <= batch_size for batches in ranks for batch in batches)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 200, 10_000])
+@pytest.mark.parametrize(("num_rows", "global_batch_size", "world_size"), SIZES)
+def test_micro_batches_by_tokens_keep_global_batches_and_order(
+    num_rows: int, global_batch_size: int, world_size: int, num_tokens: int
+) -> None:
+    lengths, total = lengths_of(num_rows), -(-num_rows // global_batch_size)
+    ranks = [
+        list(
+            training_steps(
+                num_rows, global_batch_size, 1, total, 5, rank, world_size, lengths, micro_batch_tokens=num_tokens
+            )
+        )
+        for rank in range(world_size)
+    ]
+    whole = [
+        list(training_steps(num_rows, global_batch_size, global_batch_size, total, 5, rank, world_size, lengths))
+        for rank in range(world_size)
+    ]
+    for rank in range(world_size):
+        assert [real_rows(step) for step in ranks[rank]] == [real_rows(step) for step in whole[rank]]
+    for steps in zip(*ranks, strict=True):
+        assert len({len(step.micro_batches) for step in steps}) == 1
+        for micro in (m for step in steps for m in step.micro_batches):
+            assert len(micro.ids) == 1 or len(micro.ids) * lengths[micro.ids].max() <= num_tokens
+    if num_tokens == 10_000:
+        assert {len(step.micro_batches) for step in ranks[0]} == {1}
+
+
+def test_micro_batches_by_tokens_are_full() -> None:
+    """Short rows go together, so that a pass has about as many tokens as the longest rows give it."""
+    lengths = np.asarray([40, 40, 30, 30, 10, 10, 10, 10, 10, 10, 10, 10], np.int32)
+    pieces = [m.ids.tolist() for m in deal(np.arange(12), 0, 1, 80, lengths)]
+    assert pieces == [[0, 1], [2, 3], [4, 5, 6, 7, 8, 9, 10, 11]]
+    assert [m.ids.tolist() for m in deal(np.arange(12), 1, 2, 80, lengths)] == [[1, 3], [5, 7, 9, 11]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_batches_by_tokens_hold_each_row_once(world_size: int) -> None:
+    lengths = lengths_of(151)
+    ranks = [evaluation_batches(151, 16, rank, world_size, lengths, num_tokens=200) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    real = [m.ids for batches in ranks for m in batches if not m.is_filler]
+    assert sorted(i for ids in real for i in ids.tolist()) == list(range(151))
+    assert all(len(ids) <= 16 and len(ids) * lengths[ids].max() <= 200 for ids in real)
+    by_rows = cut_rows(np.argsort(-lengths), 16)
+    padded = [sum(len(ids) * int(lengths[ids].max()) for ids in batches) for batches in (real, by_rows)]
+    assert padded[0] < padded[1]
+    assert cut_rows(np.arange(0), 16, lengths, 200) == []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -10,14 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from ruamel.yaml import YAML
 
 from dist_finetune.errors import UserError
-from dist_finetune.launchers.cloud import TOOLS, CloudJob, cloud_commands, render_cloud, resource_name
+from dist_finetune.launchers.cloud import TOOLS, cloud_commands, render_cloud
+from dist_finetune.launchers.cloud_files import refuse_what_stays_here
+from dist_finetune.launchers.cloud_job import CloudJob, resource_name
 from dist_finetune.spec_file import load_spec
 from dist_finetune.spec_launch import CloudSpec
-from dist_finetune.storage import keep, main, pull, push
+from dist_finetune.storage import keep, main, probe, pull, push
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden"
@@ -33,19 +38,22 @@ JOB = CloudJob(
     config=Path("/data/runs/Bert topics/config.yaml"),
     config_text="model: {name: bert-base-uncased}\nname: Bert topics\n",
 )
-ONE = replace(
-    JOB, num_nodes=1, cloud=CLOUD.model_copy(update={"gpu": None, "storage": "s3://bucket/it's", "spot": False})
-)
+ONE = replace(JOB, num_nodes=1, cloud=CLOUD.model_copy(update={"gpu": None, "storage": "s3://bucket/it's"}))
+ON_DEMAND = replace(ONE, cloud=ONE.cloud.model_copy(update={"spot": False}))
+IMAGE = {"image": "registry.example/dist-finetune:0.1"}
+PODS = replace(JOB, cloud=JOB.cloud.model_copy(update=IMAGE))
+ONE_POD = replace(ONE, cloud=ONE.cloud.model_copy(update=IMAGE))
 KUBEFLOW = {
-    kind: replace(JOB, cloud=JOB.cloud.model_copy(update={"kubernetes_kind": kind}))
+    kind: replace(PODS, cloud=PODS.cloud.model_copy(update={"kubernetes_kind": kind}))
     for kind in ("trainjob", "pytorchjob")
 }
 FILES = {
-    "skypilot": (replace(JOB, cloud=CLOUD.model_copy(update={"storage": "s3://bucket/runs"})), "skypilot"),
+    "skypilot": (JOB, "skypilot"),
+    "skypilot_storage": (ON_DEMAND, "skypilot"),
     "dstack": (JOB, "dstack"),
-    "dstack_storage": (ONE, "dstack"),
-    "kubernetes": (JOB, "kubernetes"),
-    "kubernetes_storage": (ONE, "kubernetes"),
+    "dstack_storage": (ON_DEMAND, "dstack"),
+    "kubernetes": (PODS, "kubernetes"),
+    "kubernetes_storage": (ONE_POD, "kubernetes"),
     "kubernetes_trainjob": (KUBEFLOW["trainjob"], "kubernetes"),
     "kubernetes_pytorchjob": (KUBEFLOW["pytorchjob"], "kubernetes"),
 }
@@ -74,18 +82,18 @@ def test_every_golden_file_is_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "name"),
+    ("file", "name", "gpu"),
     [
-        ("skypilot.yaml", "skypilot"),
-        ("dstack.yaml", "dstack"),
-        ("k8s_job.yaml", "kubernetes"),
-        ("k8s_trainjob.yaml", "kubernetes_trainjob"),
-        ("k8s_pytorchjob.yaml", "kubernetes_pytorchjob"),
+        ("skypilot.yaml", "skypilot", "A100-80GB"),
+        ("dstack.yaml", "dstack", "A100-80GB"),
+        ("k8s_job.yaml", "kubernetes", "NVIDIA-A100-SXM4-80GB"),
+        ("k8s_trainjob.yaml", "kubernetes_trainjob", "NVIDIA-A100-SXM4-80GB"),
+        ("k8s_pytorchjob.yaml", "kubernetes_pytorchjob", "NVIDIA-A100-SXM4-80GB"),
     ],
 )
-def test_files_for_starting_by_hand_are_what_submit_writes(file: str, name: str) -> None:
+def test_files_for_starting_by_hand_are_what_submit_writes(file: str, name: str, gpu: str) -> None:
     job, tool = FILES[name]
-    cloud = job.cloud.model_copy(update={"secrets": ("WANDB_API_KEY",), "gpu": "A100-80GB", "max_hours": None})
+    cloud = job.cloud.model_copy(update={"secrets": ("WANDB_API_KEY",), "gpu": gpu, "max_hours": None})
     config = REPOSITORY / "configs" / "bert_large_sst2.yaml"
     by_hand = replace(
         job, name=config.stem, cloud=cloud, config=Path("configs") / config.name, config_text=config.read_text("utf-8")
@@ -149,15 +157,28 @@ def test_memory_comes_from_the_plan_where_no_gpu_is_named() -> None:
     assert documents(rendered("dstack_storage"))[0]["resources"]["gpu"] == {"memory": "12GB..", "count": 8}
     asked = render_cloud("skypilot", replace(ONE, gpu_memory_bytes=40 * 2**30))
     assert documents(asked)[0]["resources"]["accelerators"] == "40GB+:8"
-    cpu = replace(ONE, gpus_per_node=0, processes_per_node=2)
+    pod = documents(rendered("kubernetes_storage"))[-1]["spec"]["template"]["spec"]
+    assert "nodeSelector" not in pod
+    (wish,) = pod["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert wish["preference"]["matchExpressions"][0] == {
+        "key": "nvidia.com/gpu.memory",
+        "operator": "Gt",
+        "values": ["12000"],
+    }
+    for name in ("kubernetes", "kubernetes_pytorchjob", "kubernetes_trainjob"):
+        assert "nvidia.com/gpu.product: A100-80GB" in rendered(name)
+        assert "activeDeadlineSeconds: 43200" in rendered(name)
+    cpu = replace(ONE_POD, gpus_per_node=0, processes_per_node=2)
     assert all("gpu" not in render_cloud(tool, cpu) for tool in ("dstack", "kubernetes"))
 
 
 @pytest.mark.parametrize(
     ("tool", "job", "words"),
     [
-        ("skypilot", JOB, "launch.cloud.volume has no meaning for SkyPilot"),
+        ("skypilot", replace(ONE, num_nodes=2), "with SkyPilot give launch.cloud.volume"),
+        ("kubernetes", ON_DEMAND, "launch.cloud.spot has no effect on kubernetes: its nodes are spot machines or not"),
         ("dstack", replace(ONE, num_nodes=2), "give launch.cloud.volume"),
+        ("kubernetes", replace(JOB, cloud=CloudSpec(volume="runs")), "have no dist-finetune: name an image"),
         ("kubernetes", replace(JOB, cloud=CLOUD), "ReadWriteMany"),
         ("dstack", replace(JOB, cloud=CLOUD.model_copy(update={"storage": "s3://b", "volume": "v"})), "keep the one"),
     ],
@@ -189,6 +210,63 @@ def test_wrong_settings_are_refused_where_the_config_is_read(cloud: dict[str, An
 )
 def test_names_as_clouds_allow_them(name: str, resource: str) -> None:
     assert resource_name(name) == resource
+
+
+def test_hostile_names_reach_the_machines_as_they_are() -> None:
+    """dstack cuts LOCAL:PATH at colons, and Kubernetes puts the secret for $(HF_TOKEN), $ for $$."""
+    name = "a:b $(HF_TOKEN) $$x '$"
+    cloud = ONE.cloud.model_copy(update={"spot": True, "storage": "s3://bucket", "env": {"WORDS": name}})
+    job = replace(ONE, name=name, cloud=cloud, config=Path("/data/runs") / name / "config.yaml")
+    (task,) = documents(render_cloud("dstack", job))
+    assert task["files"][1] == {"local_path": str(job.config), "path": "/etc/dist-finetune/config.yaml"}
+    cloud = CloudSpec(image="i", storage="s3://bucket", env={"WORDS": name}, secrets=("HF_TOKEN",))
+    container = documents(render_cloud("kubernetes", replace(job, cloud=cloud)))[-1]["spec"]["template"]["spec"]
+    (container,) = container["containers"]
+    command, value = container["command"][-1], next(e["value"] for e in container["env"] if e["name"] == "WORDS")
+    assert as_kubernetes_reads(value, {"HF_TOKEN": "0123"}) == name
+    words = shlex.split(as_kubernetes_reads(command, {"HF_TOKEN": "0123"}).replace("\\\n", " "))
+    assert f"/runs/{name}" in words
+    assert f"s3://bucket/{name}" in words
+    assert '--node-rank="$JOB_COMPLETION_INDEX"' in command
+
+
+def as_kubernetes_reads(text: str, env: dict[str, str]) -> str:
+    """Its expansion of commands and values (third_party/forked/golang/expansion): $(NAME), and $$ for one $."""
+
+    def expand(found: re.Match[str]) -> str:
+        return "$" if found[0] == "$$" else env.get(found[1], found[0])
+
+    return re.sub(r"\$\$|\$\(([^)]*)\)", expand, text)
+
+
+@pytest.mark.parametrize(
+    ("tool", "changes", "words"),
+    [
+        ("skypilot", {}, None),
+        ("kubernetes", {}, r"rows.csv: a file of this machine .*\(only the config is taken there\)"),
+        ("kubernetes", {"data": {"train": "some/hub-data"}}, None),
+        ("dstack", {"data": {"train": "ABSOLUTE"}}, "rows.csv: .* is uploaded"),
+        ("skypilot", {"data": {"train": "../outside.csv"}}, "outside.csv: a file"),
+        ("skypilot", {"model": {"name": "demo:minilm", "weights": "ABSOLUTE"}}, "rows.csv: a file"),
+        ("dstack", {"launch": {"cloud": {"volume": "v"}}}, "no pyproject.toml or setup.py: submit from a copy"),
+    ],
+)
+def test_what_no_machine_would_find_is_refused(
+    tmp_path: Path, tool: str, changes: dict[str, Any], words: str | None
+) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for file in (folder / "rows.csv", tmp_path / "outside.csv"):
+        file.write_text("text,label\n")
+    base = {"name": "x", "model": {"name": "demo:minilm"}, "data": {"train": "rows.csv"}}
+    cloud = {"launch": {"cloud": {"install": "pip install dist-finetune"}}}
+    text = json.dumps({**base, **cloud, **changes}).replace("ABSOLUTE", str(folder / "rows.csv"))
+    spec = load_spec(json.loads(text))
+    if words is None:
+        refuse_what_stays_here(tool, spec, folder)
+        return
+    with pytest.raises(UserError, match=words):
+        refuse_what_stays_here(tool, spec, folder)
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -286,6 +364,45 @@ def test_a_storage_that_is_not_there_is_named(tmp_path: Path) -> None:
         pull("nosuch://x", tmp_path)
 
 
+def test_a_storage_that_can_not_be_written_stops_before_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file where the bucket should be: nothing runs whose result would be lost."""
+    (tmp_path / "bucket").write_text("no folder")
+    command = [sys.executable, "-c", f"open({str(tmp_path / 'ran')!r}, 'w')"]
+    assert main([f"file://{tmp_path}/bucket/run", str(tmp_path / "run"), "--", *command]) == 2
+    said = capsys.readouterr().err
+    assert f"file://{tmp_path}/bucket/run can't be written: " in said
+    assert "Nothing was started" in said
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_storage_that_goes_away_is_no_file_that_was_rotated_away(tmp_path: Path) -> None:
+    """fsspec says FileNotFoundError for both; only a file that has gone here may be left out."""
+
+    class Gone(LocalFileSystem):
+        """Says what s3fs says of a bucket that is not there."""
+
+        protocol = "gone"
+
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            raise FileNotFoundError("the bucket does not exist")
+
+    fsspec.register_implementation("gone", Gone, clobber=True)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("a: 1")
+    sent: dict[str, tuple[int, int]] = {}
+    with pytest.raises(UserError, match="the bucket does not exist"):
+        push(f"gone://{tmp_path}/bucket", run, sent)
+    assert sent == {}
+
+
+def test_the_probe_leaves_nothing_behind(tmp_path: Path) -> None:
+    probe(f"file://{tmp_path}/bucket/run")
+    assert list((tmp_path / "bucket" / "run").iterdir()) == []
+
+
 # --- the tools' own loaders ------------------------------------------------------------------------------------------
 
 LOADERS = {
@@ -300,7 +417,8 @@ import sky
 secrets = [(name, "value") for name in config.get("secrets") or {}]
 task = sky.Task.from_yaml_config(config, secrets_overrides=secrets)
 resources = list(task.resources)[0]
-print(json.dumps({"nodes": task.num_nodes, "gpus": resources.accelerators, "spot": resources.use_spot}))
+count = list(resources.accelerators.values())[0]
+print(json.dumps({"nodes": task.num_nodes, "gpus": count, "spot": resources.use_spot}))
 """,
     ),
     "dstack": (
@@ -310,22 +428,17 @@ import sys, json, yaml
 from dstack._internal.core.models.configurations import parse_run_configuration
 task = parse_run_configuration(yaml.safe_load(open(sys.argv[1])))
 gpu = task.resources.gpu
-print(json.dumps({"nodes": task.nodes, "gpus": {gpu.name[0]: gpu.count.max}, "spot": task.spot_policy.value == "spot"}))
+print(json.dumps({"nodes": task.nodes, "gpus": gpu.count.max, "spot": task.spot_policy.value == "spot"}))
 """,
     ),
     "kubernetes": (
-        ["kubernetes", "kubeflow-trainer-api", "pyyaml"],
+        ["kubernetes>=37", "kubeflow-trainer-api>=2.3", "pyyaml"],
         """
 import sys, json, yaml
 from kubernetes import client
 
-KINDS = {"ConfigMap": "V1ConfigMap", "Service": "V1Service", "Job": "V1Job"}
 api = client.ApiClient()
-
-
-class Response:
-    def __init__(self, data):
-        self.data = json.dumps(data)
+KINDS = {"ConfigMap": client.V1ConfigMap, "Service": client.V1Service, "Job": client.V1Job}
 
 
 def same(given, read, where):
@@ -340,7 +453,7 @@ def same(given, read, where):
 
 
 def check(kind, data, where):
-    same(data, api.sanitize_for_serialization(api.deserialize(Response(data), kind)), where)
+    same(data, api.sanitize_for_serialization(kind.from_dict(data)), where)
 
 
 nodes = gpus = None
@@ -350,26 +463,60 @@ for document in yaml.safe_load_all(open(sys.argv[1])):
         from kubeflow_trainer_api import models
         read = models.TrainerV1alpha1TrainJob.from_dict(document)
         same(document, read.to_dict(), kind)
+        pod = document["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"][0]
+        assert pod["template"]["spec"]["template"]["spec"]["nodeSelector"]
         nodes, gpus = read.spec.trainer.num_nodes, document["spec"]["trainer"]["resourcesPerNode"]["limits"]
-    elif kind == "PyTorchJob":
-        replicas = document["spec"]["pytorchReplicaSpecs"]
-        assert set(replicas) <= {"Master", "Worker"} and replicas["Master"]["replicas"] == 1
-        assert set(document["spec"]) <= {"nprocPerNode", "runPolicy", "pytorchReplicaSpecs", "elasticPolicy"}
-        for replica in replicas.values():
-            assert set(replica) == {"replicas", "restartPolicy", "template"}
-            assert [c["name"] for c in replica["template"]["spec"]["containers"]] == ["pytorch"]
-            check("V1PodTemplateSpec", replica["template"], kind)
-        nodes = sum(replica["replicas"] for replica in replicas.values())
-        gpus = replicas["Master"]["template"]["spec"]["containers"][0]["resources"]["limits"]
     else:
         check(KINDS[kind], document, kind)
         if kind == "Job":
             nodes = document["spec"]["completions"]
             gpus = document["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
-print(json.dumps({"nodes": nodes, "gpus": gpus, "spot": None}))
+print(json.dumps({"nodes": nodes, "gpus": gpus["nvidia.com/gpu"], "spot": None}))
+""",
+    ),
+    "kubeflow-v1": (
+        ["kubeflow-training>=1.9", "pyyaml"],
+        """
+import sys, json, yaml
+from kubeflow.training import models
+from kubernetes import client
+
+
+def check(kind, given, where):
+    # Its models, and those of the Kubernetes client that it came with, name the type of each key.
+    if kind.startswith("list["):
+        for i, value in enumerate(given):
+            check(kind[5:-1], value, f"{where}[{i}]")
+    elif kind.startswith("dict("):
+        for key, value in given.items():
+            check(kind[5:-1].partition(", ")[2], value, f"{where}.{key}")
+    elif model := getattr(models, kind, None) or getattr(client, kind, None):
+        kinds = {model.attribute_map[name]: type_ for name, type_ in model.openapi_types.items()}
+        for key, value in given.items():
+            assert key in kinds, f"unknown key {where}.{key}"
+            check(kinds[key], value, f"{where}.{key}")
+    else:
+        types = {"str": str, "int": int, "bool": bool, "object": object}
+        assert isinstance(given, types[kind]), f"{where} is {given!r}, no {kind}"
+
+
+config, document = yaml.safe_load_all(open(sys.argv[1]))
+check("V1ConfigMap", config, "ConfigMap")
+check("KubeflowOrgV1PyTorchJob", document, "PyTorchJob")
+replicas = document["spec"]["pytorchReplicaSpecs"]
+assert replicas["Master"]["replicas"] == 1
+pods = [replica["template"]["spec"] for replica in replicas.values()]
+assert [c["name"] for pod in pods for c in pod["containers"]] == ["pytorch"] * len(pods)
+nodes = sum(replica["replicas"] for replica in replicas.values())
+limits = pods[0]["containers"][0]["resources"]["limits"]
+print(json.dumps({"nodes": nodes, "gpus": limits["nvidia.com/gpu"], "spot": None}))
 """,
     ),
 }
+
+
+def loader_of(name: str) -> str:
+    return "kubeflow-v1" if name.endswith("pytorchjob") else FILES[name][1]
 
 
 @pytest.fixture(scope="session")
@@ -401,19 +548,47 @@ def loader_python(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FILES if name != "dstack_storage"])
+@pytest.mark.parametrize("name", list(FILES))
 def test_the_tool_itself_reads_the_file(name: str, loader_python: Any, tmp_path: Path) -> None:
     job, tool = FILES[name]
-    config = tmp_path / "config.yaml"
-    config.write_text(job.config_text)
-    path = tmp_path / "task.yaml"
-    path.write_text(render_cloud(tool, replace(job, config=config)), encoding="utf-8")
-    script = LOADERS[tool][1]
-    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    command = [loader_python(tool), "-c", script, str(path)]
-    done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, timeout=120)
+    done = loaded(name, loader_python(loader_of(name)), tmp_path)
+    if tool == "skypilot" and not job.cloud.gpu and "raw.githubusercontent.com" in done.stderr:
+        pytest.skip("SkyPilot's list of GPUs by memory can't be fetched here; its schema was checked")
     assert done.returncode == 0, done.stderr[-3000:]
     read = json.loads(done.stdout.strip().splitlines()[-1])
     assert read["nodes"] == job.num_nodes
-    assert list(read["gpus"].values()) in ([8], ["8"])
+    assert int(read["gpus"]) == 8
     assert read["spot"] in (job.cloud.spot, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "key", "misspelt"),
+    [
+        ("skypilot", "use_spot", "use_spt"),
+        ("dstack", "spot_policy", "spot_polcy"),
+        ("kubernetes", "podFailurePolicy", "podFailPolicy"),
+        ("kubernetes_trainjob", "numProcPerNode", "numProcsPerNode"),
+        ("kubernetes_pytorchjob", "runPolicy", "runPolcy"),
+        ("kubernetes_pytorchjob", "volumeMounts", "volumeMount"),
+    ],
+)
+def test_the_tool_refuses_a_key_that_it_does_not_know(
+    name: str, key: str, misspelt: str, loader_python: Any, tmp_path: Path
+) -> None:
+    done = loaded(name, loader_python(loader_of(name)), tmp_path, (f"{key}:", f"{misspelt}:"))
+    assert done.returncode != 0
+    assert misspelt in done.stderr or key in done.stderr
+
+
+def loaded(
+    name: str, python: Path, folder: Path, replaced: tuple[str, str] = ("", "")
+) -> subprocess.CompletedProcess[str]:
+    """What a tool's own loader says of one of FILES, in which a text may be `replaced` by another."""
+    job, tool = FILES[name]
+    config, path = folder / "config.yaml", folder / "task.yaml"
+    config.write_text(job.config_text)
+    path.write_text(render_cloud(tool, replace(job, config=config)).replace(*replaced), encoding="utf-8")
+    env = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+    command = [str(python), "-c", LOADERS[loader_of(name)][1], str(path)]
+    return subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, timeout=120)

@@ -16,6 +16,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from dist_finetune.data.builtin import read_builtin
 from dist_finetune.data.columns import Columns
@@ -220,6 +221,8 @@ def test_digits_are_images() -> None:
     assert image.mode == "RGB"
     assert image.size == (8, 8)
     assert max(high for _, high in image.getextrema()) == 255
+    shown = np.stack([np.asarray(image)[..., 0] for image in read_builtin("digits")["image"]])
+    assert np.array_equal(shown, (load_digits().images * (255 / 16)).round())
 
 
 def test_digits_have_traits_and_a_slant() -> None:
@@ -229,6 +232,7 @@ def test_digits_have_traits_and_a_slant() -> None:
     traits = [set(row) for row in read_builtin("digits")["traits"]]
     assert dict(zip(digits, traits, strict=True))["1"] == set()
     assert all(("even" in names) == (int(digit) % 2 == 0) for digit, names in zip(digits, traits, strict=True))
+    assert digits == [str(digit) for digit in load_digits().target]
     tables = read(train="builtin:digits", label="slant")
     slants = np.asarray(tables.train["label"])
     assert tables.task == "regression"

@@ -7,13 +7,23 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dist_finetune.cache.decide import CacheDecision
 from dist_finetune.cli import main
-from dist_finetune.doctor_local import Finding, disk_finding, hub_finding, version_findings, wandb_finding
+from dist_finetune.doctor_local import (
+    Finding,
+    disk_finding,
+    hub_finding,
+    most_cache_bytes,
+    version_findings,
+    wandb_finding,
+)
 from dist_finetune.errors import UserError
 from dist_finetune.plan import Plan
 from dist_finetune.preflight import interface_to
@@ -35,6 +45,26 @@ except UserError as error:
 """
 
 
+# A rank on a machine of its own, as far as it can tell, on which something is wrong.
+EXAMINE = """
+import importlib.metadata, os, socket, sys, time
+rank, faults = int(os.environ["RANK"]), sys.argv[1:]
+socket.gethostname = lambda: f"n{rank}"
+if f"clock-{rank}" in faults:
+    real_time = time.time
+    time.time = lambda: real_time() - 5
+if f"version-{rank}" in faults:
+    real_version = importlib.metadata.version
+    importlib.metadata.version = lambda name: "1.2.3" if name == "timm" else real_version(name)
+if f"slow-{rank}" in faults:
+    import torch.distributed as dist
+    real_send = dist.send
+    dist.send = lambda *a, **k: (time.sleep(0.3), real_send(*a, **k))
+from dist_finetune.doctor import examine
+sys.exit(examine(None, print))
+"""
+
+
 def spec(**changes: Any) -> Spec:
     return load_spec({"name": "x", "model": {"name": "m"}, "data": {"train": "d"}, **changes})
 
@@ -42,7 +72,8 @@ def spec(**changes: Any) -> Spec:
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     from dist_finetune.data.tables import read_tables
-    from dist_finetune.plan import Topology, plan_run
+    from dist_finetune.plan import plan_run
+    from dist_finetune.topology import Topology
 
     folder = tmp_path_factory.mktemp("data")
     (folder / "rows.csv").write_text(CSV)
@@ -92,6 +123,14 @@ def test_versions_are_compared_with_what_the_package_needs(monkeypatch: pytest.M
     assert finding.todo == 'pip install "transformers>=5"'
 
 
+def test_a_package_that_another_can_not_work_with_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = __import__("importlib.metadata").metadata.version
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0.1" if name == "tokenizers" else real(name))
+    found = [f for f in version_findings() if "transformers" in f.text]
+    assert [(f.state, f.text.partition(", but ")[2]) for f in found] == [("warn", "tokenizers is 0.0.1")]
+    assert "needs tokenizers" in found[0].text
+
+
 def test_torchvision_of_another_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.__version__", "2.9.0+cu128")
     found = [f for f in version_findings() if "torchvision" in f.text]
@@ -105,6 +144,22 @@ def test_a_full_disk_is_told_against_the_plan(planned: Plan, monkeypatch: pytest
     finding = disk_finding(planned.spec, planned)
     assert finding.state == "fail"
     assert "2 checkpoints and the model" in finding.text
+
+
+def test_the_cache_counts_where_it_is_on(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 rows (54 to train on, 6 held out) of up to 512 tokens, 384 numbers wide, in fp32."""
+    most = 60 * planned.data.max_length * 384 * 4
+    assert most_cache_bytes(planned) == most
+    cached = replace(planned, cache=(CacheDecision(True, "asked for"),))
+    finding = disk_finding(planned.spec, cached)
+    assert finding.state == "ok"
+    assert f"the cache takes at most {most / 2**30:.1f} GiB at" in finding.text
+    model = planned.widest.manifest.num_trainable + planned.widest.manifest.num_frozen
+    free = 4 * model + 3 * planned.costs.checkpoint_bytes + most // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 0, free))
+    assert disk_finding(planned.spec, planned).state == "ok"
+    finding = disk_finding(planned.spec, cached)
+    assert (finding.state, "goes on without a cache" in finding.todo) == ("warn", True)
 
 
 def test_hub_and_wandb_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -204,8 +259,55 @@ def test_two_ranks_are_examined_together(tmp_path: Path) -> None:
     assert re.search(r"^ok    all-reduce +sums are right, \d+\.\d\d GB/s", out, re.MULTILINE)
     assert re.search(r"^ok    slowest rank slowest is rank 1 on .*GB/s", out, re.MULTILINE)
     assert re.search(r"^ok    clocks +within 0\.\d+ s", out, re.MULTILINE)
-    assert re.search(r"^ok    config +zero2, fp32; Accelerate and DeepSpeed see 2", out, re.MULTILINE)
+    assert re.search(r"^ok    config +zero2, fp32; Accelerate and DeepSpeed see 2 processes too$", out, re.MULTILINE)
     assert out.count("versions") == 1, "both ranks say the same, once"
+
+
+def examined(folder: Path, faults: Sequence[str], shared: bool) -> tuple[list[int], str]:
+    """Exit codes of a doctor on three ranks, each on a machine of its own, and what rank 0 said."""
+    port = free_port()
+    workers = []
+    for rank in range(3):
+        own = folder if shared else folder / f"n{rank}"
+        own.mkdir(exist_ok=True)
+        if f"blocked-{rank}" in faults:
+            (own / "runs").write_text("a file where the folder should be")
+        env = {**environment(rank, port), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "HF_HOME": str(own / "hub")}
+        command = [sys.executable, "-c", EXAMINE, *faults]
+        workers.append(subprocess.Popen(command, env=env, cwd=own, text=True, stdout=-1, stderr=-1))
+    try:
+        said = [worker.communicate(timeout=120) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert not any(out for out, _ in said[1:]), "rank 0 speaks for all"
+    return [worker.returncode for worker in workers], said[0][0] + said[0][1]
+
+
+@pytest.mark.dist
+def test_what_is_wrong_on_one_of_three_machines_is_named(tmp_path: Path) -> None:
+    codes, out = examined(tmp_path, ["clock-1", "version-1", "slow-2"], shared=False)
+    assert codes == [1, 1, 1], out
+    assert re.search(r"^ok    ranks +3 ranks by variables on 3 machines \(n0, n1, n2\), cpu", out, re.MULTILINE), out
+    assert re.search(r"^fail  versions +timm is \S+ on rank 0 and 1\.2\.3 on rank 1$", out, re.MULTILINE), out
+    assert re.search(r"^warn  slowest rank slowest is rank 2 on n2, 0\.\d+ GB/s to and from rank 0", out, re.MULTILINE)
+    assert re.search(r"^warn  clocks +rank 1's clock is [45]\.\d s behind rank [02]'s", out, re.MULTILINE), out
+    assert re.search(r"^fail  run folder +\S+/runs is another folder on each machine$", out, re.MULTILINE), out
+    assert re.search(r"^ok    hub cache +\S+ is local to each machine: each fetches", out, re.MULTILINE), out
+    assert out.count("-> ") >= 4, "each comes with what to do"
+
+
+@pytest.mark.dist
+def test_shared_folders_are_told_from_those_that_one_machine_can_not_write(tmp_path: Path) -> None:
+    codes, out = examined(tmp_path, [], shared=True)
+    assert codes == [0, 0, 0], out
+    assert re.search(r"^ok    run folder +\S+/runs is shared by all machines$", out, re.MULTILINE), out
+    assert re.search(r"^ok    hub cache +\S+/hub is shared by all machines$", out, re.MULTILINE), out
+    assert not (tmp_path / "runs").exists(), "it leaves nothing behind"
+    codes, out = examined(tmp_path, ["blocked-2"], shared=False)
+    assert codes == [1, 1, 1]
+    assert re.search(r"^fail  run folder +\S+: rank 2 on n2 can't write there \(File exists\)$", out, re.MULTILINE), out
 
 
 # --- prices ----------------------------------------------------------------------------------------------------------
@@ -220,7 +322,13 @@ def test_hours_and_price_follow_from_the_operations(planned: Plan) -> None:
     assert planned.costs.forecast is not None
     trained = planned.total_steps * planned.batches.global_batch_size * planned.costs.forecast.frozen_flops
     assert fast.hours * 3600 * 100e12 * 0.35 * 2 == pytest.approx(trained, rel=0.2), "training is most of it"
-    assert cost_lines(planned, prices)[0].startswith("price     fast x 2: ")
+    prices = {"dear": GpuPrice(per_hour=1000, tflops=0.0001), "cheap": GpuPrice(per_hour=0.5, tflops=100)}
+    for plans in ([planned], [planned] * 3):
+        hours, price = (sum(getattr(run_costs(plan, prices)[1], name) for plan in plans) for name in ("hours", "price"))
+        runs = " for all 3 runs" if len(plans) == 3 else ""
+        cheap, dear = cost_lines(plans, prices)
+        assert dear == f"price     dear x 2: {hours:,.2f} h, {price:,.2f}{runs}"
+        assert re.fullmatch(rf"price     cheap x 2: \d+\.\d min, 0\.\d\d{runs}", cheap)
 
 
 @pytest.mark.parametrize(

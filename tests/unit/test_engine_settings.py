@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from dist_finetune.drift import checksums
 from dist_finetune.engine.blocks import prepare_blocks
+from dist_finetune.engine.ddp import DdpEngine
 from dist_finetune.engine.precision import FIRST_SCALE, LossScale, round_frozen
 from dist_finetune.engine.statistics import moving_statistics
 from dist_finetune.errors import TrainingError, UserError
@@ -18,9 +20,10 @@ from dist_finetune.freeze import apply_freeze, compile_freeze, train_mode
 from dist_finetune.fsdp_layout import block_groups, fsdp_section
 from dist_finetune.models.load import load_model
 from dist_finetune.models.structure import structure_of
-from dist_finetune.plan import Plan, Topology, make_plan
+from dist_finetune.plan import Plan, make_plan
 from dist_finetune.spec import FreezeSpec
 from dist_finetune.spec_file import load_spec
+from dist_finetune.topology import Topology
 
 GIB = 2**30
 
@@ -58,9 +61,30 @@ REFUSED = [
     (["shard.strategy=zero2", "shard.frozen=shard"], ["can't work with zero2", "use fsdp or zero3"]),
     (["shard.strategy=ddp", "shard.frozen=shard"], ["can't work with ddp"]),
     (["shard.strategy=zero3", "shard.frozen=replicate"], ["can't work with zero3", "fsdp, zero2 or ddp"]),
-    (["shard.strategy=zero2", "train.precision=fp16"], ["can't work with zero2", "use ddp or fsdp, or bf16"]),
     (["shard.strategy=zero3", "train.compile=true"], ["can't work with zero3", "fsdp"]),
     (["shard.strategy=fsdp", "shard.deepspeed={steps_per_print: 5}"], ["no effect on strategy fsdp"]),
+    (["shard.strategy=zero2", "shard.frozen=replicate"], ["no effect, zero2 always", "choose fsdp"]),
+    (["shard.strategy=zero3", "shard.frozen=shard"], ["no effect, zero3 always"]),
+    (["shard.strategy=zero2", "shard.deepspeed={bf16: {enabled: true}}"], ["deepspeed.bf16", "train.precision: bf16"]),
+    (["shard.strategy=zero2", "shard.deepspeed={optimizer: {type: Adam}}"], ["deepspeed.optimizer", "train.lr"]),
+    (["shard.strategy=zero2", "shard.deepspeed={scheduler: {type: WarmupLR}}"], ["deepspeed.scheduler", "warmup"]),
+    (
+        ["shard.strategy=zero2", "shard.deepspeed={steps_per_prnt: 5}"],
+        ["Did you mean steps_per_print"],
+    ),
+    (
+        ["shard.strategy=zero2", "shard.deepspeed={nonsense: 5}"],
+        ["deepspeed.nonsense", "steps_per_print"],
+    ),
+    (
+        ["shard.strategy=zero2", "shard.deepspeed={reduce_bucket_size: 5}"],
+        ["Did you mean shard.deepspeed.zero_optimization.reduce_bucket_size?"],
+    ),
+    (
+        ["shard.strategy=zero2", "shard.deepspeed={zero_optimization: {stage: 3}}"],
+        ["zero_optimization.stage", "3 contradicts the plan, which needs 2", "shard.strategy"],
+    ),
+    (["shard.strategy=zero2", "shard.deepspeed={zero_optimization: 2}"], ["zero_optimization", "contradicts"]),
     (["freeze.dtype=bf16"], ["needs train.precision: bf16", "it is fp32"]),
     (["freeze.dtype=bf16", "freeze.embeddings=false", "freeze.layers=null"], ["no effect", "nothing is frozen"]),
     (["shard.frozen=shard", "freeze.embeddings=false", "freeze.layers=null"], ["no effect", "nothing is frozen"]),
@@ -76,6 +100,15 @@ def test_combinations_that_cannot_work(config: Path, overrides: list[str], words
         assert word in str(error.value)
 
 
+def test_sizes_that_change_no_result_may_be_tuned(config: Path) -> None:
+    tuned = "shard.deepspeed={steps_per_print: 7, zero_optimization: {stage: 2, reduce_bucket_size: 5000}}"
+    (settings,) = plan_of(config, "shard.strategy=zero2", tuned).deepspeed
+    assert settings is not None
+    assert settings["steps_per_print"] == 7
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 5000
+    assert settings["zero_optimization"]["stage"] == 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "possible"),
     [
@@ -83,7 +116,6 @@ def test_combinations_that_cannot_work(config: Path, overrides: list[str], words
         (["shard.offload=optimizer"], {"zero1", "zero2", "zero3"}),
         (["shard.offload=parameters"], {"zero3", "fsdp"}),
         (["shard.frozen=shard"], {"zero3", "fsdp"}),
-        (["train.precision=fp16"], {"ddp", "fsdp"}),
         (["train.compile=true"], {"ddp", "zero1", "zero2", "fsdp"}),
     ],
 )
@@ -121,7 +153,8 @@ def test_offload_in_deepspeeds_config(config: Path, strategy: str, offload: str,
     assert settings is not None
     assert {key for key in settings["zero_optimization"] if key.startswith("offload")} == sections
     assert settings.get("zero_force_ds_cpu_optimizer", "unset") == (False if sections else "unset")
-    mine = plan.memory[plan.strategy].state
+    on_gpu = plan_of(config, f"shard.strategy={strategy}", f"shard.offload={offload}", device="cuda")
+    mine = on_gpu.memory[plan.strategy].state
     assert (mine.optimizer == 0) == (offload != "none")
     assert (mine.trainable_weights == 0) == (offload == "parameters")
 
@@ -189,6 +222,21 @@ def test_only_blocks_that_backward_passes_are_recomputed_and_gradients_stay(conf
 def test_checkpointing_without_a_block_above_is_said(config: Path) -> None:
     plan = plan_of(config, "train.gradient_checkpointing=true", "freeze.layers=all", "freeze.patterns=[bert.pooler.*]")
     assert "checkpointing-without-effect" in {note.code for note in plan.phases[0].notes}
+
+
+@pytest.mark.parametrize(("limit", "is_touched"), [("null", False), ("0.5", True)])
+def test_ddp_without_a_limit_on_the_norm_leaves_gradients_alone(config: Path, limit: str, is_touched: bool) -> None:
+    plan = plan_of(config, f"train.max_grad_norm={limit}", "shard.strategy=ddp", world_size=1)
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    engine = DdpEngine(model, model, SimpleNamespace(optimizer=optimizer), plan, None)
+    before = model.weight.detach().clone()
+    model.weight.grad = gradient = torch.tensor([[3.0, 4.0]])
+    version = gradient._version
+    assert float(engine.step()) == 5.0
+    assert (gradient._version > version) is is_touched
+    expected = torch.tensor([[0.3, 0.4]] if is_touched else [[3.0, 4.0]])
+    torch.testing.assert_close(before - model.weight.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_loss_scale_falls_on_overflow_and_grows_after_good_steps(config: Path) -> None:

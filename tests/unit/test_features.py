@@ -1,6 +1,9 @@
 """Features are what the network computes; heads are scikit-learn's; what is folded predicts the same."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,14 @@ from dist_finetune.features.heads import (
     heads_for,
     make_head,
     out_of_fold,
+    require_rows,
 )
 from dist_finetune.features.minibatch import fit_minibatch
 from dist_finetune.features.pooling import pooled
 from dist_finetune.features.results import HeadResult, plot_results, wilson_interval
 from dist_finetune.features.store import FeatureKey, Store
 from dist_finetune.models.structure import structure_of
+from dist_finetune.spec_file import load_spec
 
 CPU = torch.device("cpu")
 TINY = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50, "num_labels": 3}
@@ -228,6 +233,72 @@ def test_rbf_is_left_out_of_large_sets_with_a_note() -> None:
     assert "5,001" in notes[0]
 
 
+def test_an_rbf_svm_alone_on_a_large_set_is_refused() -> None:
+    with pytest.raises(UserError, match=r"rbf-svm: 5,001 training rows, it takes up to 5,000; add softmax"):
+        heads_for(("rbf-svm",), 5001)
+
+
+@pytest.mark.parametrize("heads", [[], ["svm", "svm"]])
+def test_a_list_of_no_head_or_of_one_twice_is_refused(heads: list[str]) -> None:
+    with pytest.raises(UserError, match=r"features\.heads: .*(at least one|twice)"):
+        load_spec({"model": {"name": "m"}, "data": {"train": "t.csv"}, "name": "x", "features": {"heads": heads}})
+
+
+def test_classes_of_one_row_can_not_be_compared() -> None:
+    require_rows([0, 0, 1, 1, 2])
+    for labels in ([0, 1], [0, 0, 0, 1, 2]):
+        with pytest.raises(UserError, match="two classes with two rows or more"):
+            require_rows(labels)
+
+
+def test_a_fold_that_lacks_a_class_names_the_other() -> None:
+    features, labels = blobs(41, 2)
+    labels[:] = 0
+    labels[7] = 1
+    _, accuracy, scores, held = choose_c("svm", features, labels, 2, None, 0)
+    assert accuracy == 40 / 41
+    assert scores[held == 1].argmax(1).tolist() == [0]
+
+
+def test_a_rare_class_of_a_large_set_takes_part_in_cross_validation() -> None:
+    labels = np.zeros(60_000, np.int64)
+    labels[::7000] = 1  # nine rows, of which a plain sample of 5,000 would hold one or none
+    features = np.stack([labels + 0.1, np.arange(60_000) % 3], axis=1).astype(np.float32)
+    _, accuracy, _, held = choose_c("softmax", features, labels, 2, None, 0, grid=(1.0,))
+    assert (len(held), accuracy) == (5000, 1.0)
+    assert 5 <= np.sum(held == 1) <= 9
+
+
+STAND_IN = """
+import sys
+from pathlib import Path
+def install(disable_uvm):
+    assert "sklearn" not in sys.modules
+    Path(__file__).with_name("installed").touch()
+"""
+START = """
+import sys
+from dist_finetune.worker import run_task
+from dist_finetune.features.accelerate import accelerate_heads
+print(accelerate_heads(sys.argv[1] == "gpu"))
+import dist_finetune.features.run
+print(accelerate_heads(True))
+"""
+
+
+@pytest.mark.parametrize(("device", "expected"), [("gpu", "True\nFalse\n"), ("cpu", "False\nFalse\n")])
+def test_cuml_comes_before_scikit_learn_and_only_where_a_gpu_is(tmp_path: Path, device: str, expected: str) -> None:
+    package = tmp_path / "cuml"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "accel.py").write_text(STAND_IN)
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    command = [sys.executable, "-c", START, device]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    assert done.stdout == expected, done.stderr[-2000:]
+    assert (package / "installed").exists() == (device == "gpu")
+
+
 KEY = FeatureKey("w", "i", "t", ("head",), "auto", "fp32", 8)
 
 
@@ -291,9 +362,9 @@ def test_shards_hold_every_row_once() -> None:
 
 def test_every_part_of_a_key_changes_it() -> None:
     values = {"weights_sha256": "x", "inputs_sha256": "x", "transform": "x", "depths": ("stem",), "pool": "cls"}
-    values |= {"precision": "bf16", "batch_size": 9}
+    values |= {"precision": "bf16", "batch_size": 9, "pass_tokens": 2048}
     digests = {FeatureKey(**{**vars(KEY), name: value}).digest for name, value in values.items()}
-    assert len(digests | {KEY.digest}) == 8
+    assert len(digests | {KEY.digest}) == 9
 
 
 def test_a_folded_bert_predicts_as_the_head() -> None:

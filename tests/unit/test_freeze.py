@@ -1,6 +1,8 @@
 """The freeze language, the manifest, and that what is frozen does not move, on small real models."""
 
 import json
+import re
+import time
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -111,6 +115,29 @@ NAMES = [
     "bert.encoder.layer.10.output.dense.bias",
     "classifier.bias",
 ]
+
+
+def test_many_wildcards_take_no_longer_than_few() -> None:
+    names = [".".join(["layer"] * 12 + [str(i), "weight"]) for i in range(2000)]
+    started = time.perf_counter()
+    assert match_names("**.layer." * 8 + "bias", names) == []
+    assert match_names("**.layer." * 8 + "7.**", names) == [names[7]]
+    assert time.perf_counter() - started < 2
+
+
+def test_bias_only_is_refused_where_the_head_alone_would_train() -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
+    with torch.device("meta"):
+        config = ModernBertConfig(**sizes)
+        model = ModernBertForSequenceClassification(config)
+    message = problem_of(model, rule="bias-only")
+    assert "no bias outside its head" in message
+    assert "`freeze: backbone` does the same" in message
+    way_out = re.search(r"except: (\[.*?\])", message)
+    assert way_out
+    trained = manifest_of(model, rule="backbone", **{"except": json.loads(way_out[1])}).trainable
+    assert {name.split(".")[0] for name in trained} == {"model", "head", "classifier"}
+    assert all("norm" in name for name in trained if name.startswith("model."))
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,10 @@ from dist_finetune.inference.saved_run import open_run
 from dist_finetune.models.export import export_model
 from dist_finetune.models.load import load_model
 from dist_finetune.models.sources import load_tokenizer
-from dist_finetune.plan import local_topology, plan_run
+from dist_finetune.plan import plan_run
 from dist_finetune.run_folder import start_run_folder, write_json
 from dist_finetune.spec_file import load_spec
+from dist_finetune.topology import local_topology
 
 TEXT_CLASSES = ["food", "music", "weather"]
 

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -372,6 +373,31 @@ def test_the_same_message_of_all_ranks_is_shown_once(tmp_path: Path, capfd: pyte
     assert capfd.readouterr().err == "error: no such column\n"
 
 
+def test_warnings_of_other_ranks_are_shown_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What all ranks warn of comes from rank 0 alone, whoever is first; what is said to nobody stays in the log."""
+    code = """
+import warnings
+if rank: time.sleep(0.1)
+print('nothing special of', rank)
+if rank == 0: time.sleep(0.5)
+print(f'[2026-01-0{rank + 1} 10:00:00] [WARNING] an old driver', file=sys.stderr, flush=True)
+for _ in range(3 if rank else 0): print(f'n1:{os.getpid()} NCCL WARN rank {rank} is slow', file=sys.stderr, flush=True)
+if rank == 2: warnings.warn('the disk is nearly full')
+time.sleep(1.5)
+if rank == 1: print('a late warning: hot', flush=True)
+"""
+    assert launch_local(python(code), 3, tmp_path) == 0
+    shown = capfd.readouterr()
+    assert shown.out == "nothing special of 0\n"
+    lines = shown.err.splitlines()
+    assert sum("an old driver" in line for line in lines) == 1
+    assert sum("is slow" in line for line in lines) == 1
+    assert any(re.fullmatch(r"rank [12]: n1:\d+ NCCL WARN rank [12] is slow", line) for line in lines)
+    assert any(line.startswith("rank 2: ") and "UserWarning: the disk is nearly full" in line for line in lines)
+    assert lines[-1] == "rank 1: a late warning: hot"
+    assert "an old driver" in (tmp_path / "rank-1.txt").read_text()
+
+
 def test_a_wrong_input_is_preferred_to_what_it_causes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code = f"""
 here = pathlib.Path({str(tmp_path / "here")!r})
@@ -544,6 +570,31 @@ def test_visible_gpus_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert count_gpus({"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5"}) == 4
 
 
+# --- the table in the README ---
+
+LAUNCH_TABLE = {
+    "this machine": ("tests/dist/test_launchers_agree.py", '"run": [sys.executable'),
+    "Accelerate": ("tests/dist/test_launchers_agree.py", '"accelerate-script": [*ACCELERATE'),
+    "torchrun": ("tests/dist/test_launch_table.py", "def test_elastic_torchrun_with_as_many_machines_as_come"),
+    "DeepSpeed": (
+        "tests/dist/test_launchers_agree.py",
+        '"deepspeed": [*DEEPSPEED, "--module", "dist_finetune", "train"',
+    ),
+    "SLURM, a task per node": ("tests/slurm/test_cluster.py", "def test_two_nodes_train_as_one_machine_does"),
+    "SLURM, a task per GPU": ("tests/slurm/test_cluster.py", "def test_srun_starts_the_worker_itself"),
+    "mpirun": ("tests/dist/test_launch_table.py", "def test_mpirun("),
+}
+
+
+def test_each_row_of_the_launch_table_has_a_test_that_runs_it() -> None:
+    repository = Path(__file__).parents[2]
+    table = (repository / "README.md").read_text(encoding="utf-8").split("## Under any launcher")[1].split("\n\n")[2]
+    rows = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert rows == list(LAUNCH_TABLE)
+    for file, words in LAUNCH_TABLE.values():
+        assert words in (repository / file).read_text(encoding="utf-8")
+
+
 # --- launchers of others, as installed -------------------------------------------------------------------------------
 
 SHOW = """
@@ -554,7 +605,17 @@ place = dataclasses.asdict(world_from_environment(os.environ))
 line = json.dumps([place, brought_settings(os.environ)]) + "\\n"
 os.write(1, line.encode())
 """
-CPU_CONFIG = Path(__file__).parents[2] / "launch" / "accelerate" / "cpu_2.yaml"
+ACCELERATE_CONFIGS = Path(__file__).parents[2] / "launch" / "accelerate"
+CPU_CONFIG = ACCELERATE_CONFIGS / "cpu_2.yaml"
+
+
+def test_accelerate_reads_the_config_files() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = {path.name: load_config_from_file(str(path)) for path in ACCELERATE_CONFIGS.glob("*.yaml")}
+    sizes = {name: (config.num_machines, config.num_processes) for name, config in found.items()}
+    assert sizes == {"cpu_2.yaml": (1, 2), "one_node_8gpu.yaml": (1, 8), "two_nodes.yaml": (2, 16)}
+    assert {config.mixed_precision for config in found.values()} == {"no"}, "precision is the config's"
 
 
 @pytest.mark.dist

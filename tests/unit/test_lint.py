@@ -5,7 +5,7 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from dist_finetune.freeze import Manifest, compile_freeze
 from dist_finetune.lint import first_trainable_part, lint
@@ -69,6 +69,16 @@ def test_a_frozen_prefix_has_nothing_but_where_backward_ends() -> None:
     assert "first trainable part: block 4" in notes["first-trainable"]
     assert f"{below:,} of {structure_of(model).num_params:,} parameters" in notes["first-trainable"]
     assert notes_of(model) == {}
+
+
+def test_where_backward_ends_is_not_said_while_unnamed_parts_train() -> None:
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 64}
+    with torch.device("meta"):
+        config = AutoConfig.for_model("bart", encoder_layers=4, decoder_layers=6, **sizes)
+        notes = notes_of(AutoModelForSequenceClassification.from_config(config), layers="0-3")
+    assert "end at block" not in notes["trains-below-frozen"]
+    assert "not known: parts that could not be named train (other)" in notes["trains-below-frozen"]
+    assert "backward is taken to run through the whole model" in notes["first-trainable"]
 
 
 def test_norms_frozen_everywhere_is_not_a_frozen_block() -> None:

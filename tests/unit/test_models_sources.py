@@ -266,3 +266,34 @@ def test_logits_come_from_tensors_and_from_outputs() -> None:
     assert forward_logits(Bag(3), {"input_ids": torch.ones(2, 5, dtype=torch.long)}).shape == (2, 3)
     with pytest.raises(UserError, match=r"\.logits"):
         forward_logits(nn.LSTM(4, 4), torch.rand(1, 2, 4))
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        ({"model_type": "bert", "hidden_size": 30, "num_attention_heads": 4}, ["can't build a bert", "not a multiple"]),
+        ({"model_type": "bert", "num_hidden_layers": "many"}, ["num_hidden_layers", "expected int", "correct it"]),
+        ({"model_type": "esm"}, ["can't build a esm"]),
+        ({"model_type": "nope"}, ["no config that transformers"]),
+        ({"model_type": "brt"}, ["Did you mean bert"]),
+    ],
+)
+def test_a_config_that_makes_no_model_is_the_users_to_correct(
+    tmp_path: Path, config: dict[str, Any], parts: list[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = ModelSpec(name=str(tmp_path))
+    with torch.device("meta"), pytest.raises(UserError) as error:
+        build_model(describe_model(spec), spec, ("a", "b"))
+    message = str(error.value)
+    assert all(part in message for part in parts), message
+    assert ("Did you mean" in message) == (config["model_type"] == "brt")
+
+
+@pytest.mark.parametrize("family", ["deit", "levit", "hiera"])
+def test_families_of_several_classifiers_need_no_architecture_in_their_config(tmp_path: Path, family: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    spec = ModelSpec(name=str(tmp_path))
+    with torch.device("meta"):
+        model = build_model(describe_model(spec), spec, ("a", "b"))
+    assert type(model).__name__.endswith("ForImageClassification")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from dist_finetune.errors import UserError
 from dist_finetune.freeze import Manifest, apply_freeze, compile_freeze
 from dist_finetune.models.structure import Structure, structure_of
-from dist_finetune.optim import GroupPlan, build_optimizer, lr_factor, plan_groups, set_lr
+from dist_finetune.optim import GroupPlan, build_optimizer, lr_factor, pattern_rates, plan_groups, set_lr
 from dist_finetune.spec import FreezeSpec, TrainSpec
 
 
@@ -46,10 +47,11 @@ TRAINS = [
     TrainSpec(head_lr=1e-3),
     TrainSpec(head_lr=1e-3, layer_decay=0.9),
     TrainSpec(weight_decay=0),
+    TrainSpec(head_lr=1e-3, pattern_lr={"*.LayerNorm.*": 3e-4, "classifier.bias": 2e-3}),
 ]
 
 
-@pytest.mark.parametrize("train", TRAINS, ids=["plain", "head", "decay", "no-weight-decay"])
+@pytest.mark.parametrize("train", TRAINS, ids=["plain", "head", "decay", "no-weight-decay", "patterns"])
 @pytest.mark.parametrize("freeze", FREEZES, ids=["none", "backbone", "norms", "bias-only", "layers", "except"])
 def test_groups_hold_each_trainable_parameter_once_and_none_is_empty(
     bert: BertForSequenceClassification, structure: Structure, freeze: FreezeSpec, train: TrainSpec
@@ -90,6 +92,34 @@ def test_rates_by_depth_do_not_depend_on_what_is_frozen(
     assert lr_full["bert.embeddings.word_embeddings.weight"] == pytest.approx(1e-4 * 0.5**5)
     assert lr_frozen == {name: lr_full[name] for name in lr_frozen}
     assert len(lr_frozen) < len(lr_full)
+
+
+def test_a_rate_by_pattern_wins_and_takes_nothing_else(
+    bert: BertForSequenceClassification, structure: Structure
+) -> None:
+    patterns = {"*.layer.1.**.LayerNorm.*": 3e-4, "classifier.bias": 2e-3}
+    train = TrainSpec(head_lr=1e-3, layer_decay=0.5)
+    plain, stated = (
+        {name: group.lr for group in groups_of(bert, structure, FreezeSpec(), t)[1] for name in group.names}
+        for t in (train, train.model_copy(update={"pattern_lr": patterns}))
+    )
+    changed = {name: rate for name, rate in stated.items() if rate != plain[name]}
+    norms = ["bert.encoder.layer.1.attention.output.LayerNorm", "bert.encoder.layer.1.output.LayerNorm"]
+    assert changed == {"classifier.bias": 2e-3, **{f"{n}.{k}": 3e-4 for n in norms for k in ("weight", "bias")}}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        ({"*.LayrNorm.*": 1e-4}, ["'*.LayrNorm.*' matches no parameter", "Did you mean '*.LayerNorm.*'"]),
+        ({"classifier": 1e-4, "*.bias": 1e-3}, ["'classifier' and '*.bias' both take classifier.bias"]),
+    ],
+)
+def test_wrong_patterns_of_rates(patterns: dict[str, float], words: list[str]) -> None:
+    names = ["bert.LayerNorm.weight", "bert.LayerNorm.bias", "classifier.weight", "classifier.bias"]
+    with pytest.raises(UserError) as refused:
+        pattern_rates(patterns, names)
+    assert all(word in str(refused.value) for word in words)
 
 
 def test_the_rate_moves_the_weights_in_proportion(bert: BertForSequenceClassification, structure: Structure) -> None:

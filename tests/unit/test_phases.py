@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dist_finetune.errors import UserError
 from dist_finetune.models.sources import build_model, describe_model
@@ -100,6 +101,10 @@ def test_lp_ft_probes_first_and_then_keeps_the_configs_freeze() -> None:
             {"phases": "gradual", "train": {"epochs": 3, "max_steps": 15}},
             "train.max_steps: 15 leaves no step for phase 'top-6'",
         ),
+        (
+            {"freeze": {"embeddings": True}, "train": {"pattern_lr": {"*.word_embeddings.*": 1e-4}}},
+            "takes only frozen parameters",
+        ),
         ({"train": {"warmup": 500}}, "train.warmup: 500 steps leave nothing of 30 steps"),
     ],
 )
@@ -107,3 +112,52 @@ def test_refusals(sections: dict[str, object], message: str) -> None:
     with pytest.raises(UserError) as error:
         plan(spec_of(**sections))
     assert message in str(error.value)
+
+
+def test_gradual_with_more_epochs_than_blocks_lets_epochs_of_one_freeze_be_one_phase() -> None:
+    phases = plan(spec_of(phases="gradual", train={"epochs": 13}))
+    names = [p.name for p in phases]
+    assert names == ["head", "top-1", "top-2", "top-3", "top-4", "top-5", "top-6", "all"]
+    assert len({p.manifest.digest for p in phases}) == len(phases)
+    assert sum(p.num_steps for p in phases) == 13 * STEPS_PER_EPOCH
+
+
+def test_gradual_is_refused_where_blocks_share_their_weights() -> None:
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("albert"))
+    with pytest.raises(UserError, match=r"gradual can't work with this model: blocks 0-11 run one set.*lp-ft"):
+        plan_phases(spec_of(phases="gradual"), structure_of(model), model, STEPS_PER_EPOCH, default_lr=5e-5)
+
+
+def test_lp_ft_takes_the_epochs_that_it_is_given() -> None:
+    probe, tuned = plan(spec_of(phases="lp-ft", train={"epochs": 1.5}))
+    assert (probe.num_steps, tuned.num_steps) == (10, 5)
+
+
+HEAD = {"name": "a", "freeze": "backbone", "epochs": 1}
+BODY = {"name": "b", "freeze": {"patterns": ["classifier"]}, "epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"phases": "lp-ft", "train": {"epochs": 1}}, "has nothing left for that. Give it more than 1"),
+        ({"freeze": "backbone", "train": {"layer_decay": 0.9}}, "train.layer_decay: 0.9 has no effect, only the head"),
+        ({"freeze": "backbone", "train": {"lr": 1e-5, "head_lr": 1e-3}}, "train.lr: 1e-05 has no effect beside"),
+        ({"freeze": {"patterns": ["classifier"]}, "train": {"head_lr": 1e-3}}, "train.head_lr: 0.001 has no effect"),
+        ({"phases": [HEAD | {"lr": 1e-5, "head_lr": 1e-3}]}, "phases (a): lr: 1e-05 has no effect beside"),
+        ({"phases": [HEAD, BODY | {"head_lr": 1e-3}]}, "phases (b): head_lr: 0.001 has no effect"),
+        ({"freeze": {"mode": "train"}}, "mode: train has no effect: nothing is frozen"),
+        ({"freeze": {"layers": "0", "except": ["*.layer.0"]}}, "except undoes all that the other rules freeze"),
+    ],
+)
+def test_settings_without_effect_are_refused(sections: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        plan(spec_of(**sections))
+    assert message in str(error.value)
+
+
+def test_rates_that_some_phase_uses_are_none_without_effect() -> None:
+    head, body = plan(spec_of(phases=[HEAD, BODY], train={"lr": 1e-5, "head_lr": 1e-3, "layer_decay": 0.9}))
+    assert {g.lr for g in head.groups} == {1e-3}
+    assert max(g.lr for g in body.groups) == 1e-5

@@ -1,16 +1,21 @@
 """The plan of a run: what fits, which strategy and micro-batch follow, and what the command line says of it."""
 
+import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from transformers import BertConfig
 
 from dist_finetune.cli import main
 from dist_finetune.data.tables import read_tables
-from dist_finetune.plan import Plan, Topology, make_plan, plan_run
-from dist_finetune.plan_text import cost_lines, plan_notes
+from dist_finetune.plan import Plan, make_plan, plan_run
+from dist_finetune.plan_text import cost_lines, plan_lines, plan_notes, render_plan
 from dist_finetune.spec import Spec
+from dist_finetune.topology import Topology
 
 MIB = 2**20
 
@@ -82,12 +87,29 @@ def test_auto_takes_ddp_where_it_fits_and_what_fits_where_it_does_not(folder):
     assert roomy.strategy == "ddp"
     assert roomy.batches.micro_batch_size == 16
     assert roomy.misfit is None
-    lightest = min(m.state.peak(m.activations) for s, m in roomy.memory.items() if s == "zero3") / MIB
     tight = make_plan(spec_of(folder, freeze="none"), gpus(4, peaks_mib(roomy)["ddp"] / 0.92 - 8))
     assert tight.batches.micro_batch_size < 16 or tight.strategy != "ddp"
     assert tight.misfit is None
     assert tight.memory[tight.strategy].peak <= 0.92 * tight.topology.device_memory_bytes
-    assert lightest < peaks_mib(roomy)["ddp"]
+    assert peaks_mib(roomy)["fsdp"] < peaks_mib(roomy)["ddp"]
+
+
+def test_offloading_is_shown_and_named_where_nothing_else_fits(folder):
+    def planned(topology: Topology, **changes: object) -> Plan:
+        return plan_run(spec_of(folder, freeze="none", **changes), topology, tables)
+
+    tables = read_tables(spec_of(folder).data, 0)
+    tiny = planned(gpus(2, 1))  # where nothing fits, at one row each
+    zero3, offloaded = tiny.memory["zero3"], tiny.costs.offloaded
+    assert offloaded.state.optimizer == offloaded.state.trainable_weights == offloaded.state.gradients == 0
+    # weight, master copy, gradient and two moments of each
+    assert zero3.total - offloaded.total == pytest.approx(20 * tiny.widest.manifest.num_trainable / 2, rel=0.01)
+    assert "offload" not in tiny.misfit
+    between = (min(m.needed for m in tiny.memory.values()) + offloaded.needed) / 2
+    assert "shard: {strategy: zero3, offload: parameters}" in planned(gpus(2, between / 0.92 / MIB)).misfit
+    for section in ({"strategy": "zero3", "offload": "parameters"}, {"strategy": "zero2", "offload": "optimizer"}):
+        assert planned(gpus(2, None), shard=section).costs.offloaded is None
+    assert planned(Topology(1, 2, "cpu")).costs.offloaded is None
 
 
 def test_a_micro_batch_is_the_largest_divisor_that_fits(folder):
@@ -102,7 +124,7 @@ def test_a_micro_batch_is_the_largest_divisor_that_fits(folder):
 
 
 def test_a_strategy_that_does_not_fit_ends_with_code_1_and_a_way_out(folder, capsys):
-    arguments = ["plan", str(folder / "plan.yaml"), "--gpus-per-node", "8", "--gpu-memory", "22MiB"]
+    arguments = ["plan", str(folder / "plan.yaml"), "--gpus-per-node", "8", "--gpu-memory", "20MiB"]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "shard.strategy=ddp", "train.micro_batch_size=8"])
     assert ended.value.code == 1
@@ -174,3 +196,122 @@ def test_a_model_that_needs_data_is_planned_without_activations(folder, monkeypa
     assert plan.memory["ddp"].peak is None
     assert plan.memory["ddp"].fits is True
     assert any("activations unknown" in line for line in cost_lines(plan))
+
+
+@pytest.mark.parametrize(
+    ("topology", "asked", "precision", "reason"),
+    [
+        (Topology(), "auto", "fp32", "auto: this CPU has no AMX"),
+        (Topology(has_amx=True), "auto", "fp32", "it has AMX, so train.precision=bf16 would be much faster"),
+        (Topology(has_amx=True), "bf16", "bf16", "asked for"),
+        (Topology(device="cuda"), "auto", "bf16", "auto: this GPU has it"),
+        (Topology(device="cuda", supports_bf16=False), "auto", "fp32", "auto: this GPU has no bf16"),
+    ],
+)
+def test_the_plan_says_why_a_precision(folder, topology, asked, precision, reason):
+    plan = make_plan(spec_of(folder, train={"precision": asked}), topology)
+    assert plan.precision == precision
+    assert reason in plan.precision_reason
+    assert f"precision {precision} on {topology.device}, {plan.precision_reason}" in plan_lines(plan)
+
+
+def test_short_texts_share_a_micro_batch_only_where_auto_accumulates(folder):
+    def tokens(**train: object) -> int | None:
+        return make_plan(spec_of(folder, train=train), Topology(1, 2)).batches.micro_batch_tokens
+
+    assert tokens(global_batch_size=256) == 32 * 64  # micro-batches of 32 rows of at most 64 tokens, four of them
+    assert tokens(global_batch_size=64) is None
+    assert tokens(global_batch_size=256, micro_batch_size=32) is None
+
+
+def test_memory_is_that_of_the_phase_that_needs_most(folder):
+    """Biases alone train few numbers, and need the activations of every block; the top block the other way round."""
+    phases = {
+        "top": {"name": "top", "freeze": "all-but-last 1", "epochs": 1},
+        "bias": {"name": "bias", "freeze": "bias-only", "epochs": 1},
+    }
+    rows = {"train": {"global_batch_size": 64, "micro_batch_size": 64}}
+
+    def planned(*names: str) -> Plan:
+        return make_plan(spec_of(folder, freeze=None, phases=[phases[n] for n in names], **rows), gpus(1, 10_000))
+
+    both, top, bias = planned("top", "bias"), planned("top"), planned("bias")
+    assert both.widest.name == "top"
+    assert top.memory["ddp"].phase is bias.memory["ddp"].phase is None
+    assert both.memory["ddp"].phase == "bias"
+    assert both.memory["ddp"].peak == bias.memory["ddp"].peak > top.memory["ddp"].peak * 1.5
+    assert [states["ddp"] for states in both.costs.by_phase] == [top.memory["ddp"].state, bias.memory["ddp"].state]
+    tight = gpus(1, (bias.memory["ddp"].peak + top.memory["ddp"].peak) / 2 / 0.92 / MIB)
+    spec = spec_of(folder, freeze=None, phases=list(phases.values()), train={"global_batch_size": 64})
+    assert make_plan(spec, tight).batches.micro_batch_size < 64  # what the top phase alone could have
+    nested = make_plan(spec_of(folder, freeze=None, phases="gradual", train={"global_batch_size": 64}), gpus(1, None))
+    assert nested.memory["ddp"].phase is None  # the last phase trains all that others train
+
+
+def test_what_is_offloaded_is_counted_in_host_memory(folder):
+    shard = {"strategy": "zero2", "offload": "optimizer"}
+    there, plain = (make_plan(spec_of(folder, shard=s), gpus(2, None)) for s in (shard, {"strategy": "zero2"}))
+    state, whole = there.memory["zero2"].state, plain.memory["zero2"].state
+    assert state.offloaded == whole.optimizer + whole.masters == whole.total - state.total > 0
+    line = next(line for line in cost_lines(there) if line.startswith("offload"))
+    assert f"{2 * state.offloaded / MIB:,.1f} on a node" in line
+    on_cpu = make_plan(spec_of(folder, shard=shard), Topology(1, 2, "cpu")).memory["zero2"].state
+    assert on_cpu.offloaded == 0  # a CPU's own memory is host memory
+    assert on_cpu.optimizer == whole.optimizer
+
+
+def test_json_tells_by_part_and_phase_what_is_frozen_and_the_rates(folder):
+    plan = make_plan(spec_of(folder, train={"global_batch_size": 64, "lr": 1e-4, "head_lr": 1e-3}))
+    parts = {part["part"]: part["phases"]["train"] for part in plan.to_json()["parts"]}
+    assert parts["block 0"]["lr"] == []
+    assert parts["block 0"]["num_frozen"] > 0
+    assert parts["block 7"] == {"num_frozen": 0, "lr": [1e-4]}
+    assert parts["head"] == {"num_frozen": 0, "lr": [1e-3]}
+
+
+def test_the_plan_shows_what_each_rule_took(folder: Path) -> None:
+    plan = make_plan(spec_of(folder, freeze={"embeddings": True, "layers": "first 6", "except": ["*.bias"]}))
+    console = Console(width=200, file=io.StringIO())
+    console.print(render_plan(plan))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    embeddings, layers, excepted = plan.phases[0].manifest.rules
+    assert "parameters by rule: embeddings: 5 tensors, " in shown
+    assert f"embeddings: {embeddings.num_tensors} tensors, {embeddings.num_params:,}" in shown
+    assert f'layers "first 6": {layers.num_tensors} tensors, {layers.num_params:,}' in " ".join(shown.split())
+    assert f"except *.bias: {excepted.num_tensors} tensors, {excepted.num_params:,}" in " ".join(shown.split())
+
+
+def test_what_trains_below_frozen_blocks_is_told_with_what_freezing_it_would_gain(folder):
+    classic, filled = (
+        make_plan(spec_of(folder, freeze=freeze))
+        for freeze in ({"layers": "1,2,3"}, {"embeddings": True, "layers": "0-3"})
+    )
+    assert filled.costs.forecast_filled_up is None
+    assert classic.costs.forecast_filled_up == filled.costs.forecast
+    assert classic.costs.forecast.speedup < filled.costs.forecast.speedup
+    assert f"{filled.costs.forecast.speedup:.2f}x, and" in "\n".join(cost_lines(classic))
+    more = classic.widest.manifest.num_trainable - filled.widest.manifest.num_trainable
+    note = next(note for note in plan_notes(classic) if "below frozen" in note)
+    assert f"{more:,} more parameters out of training, {12 * more / MIB:,.1f} MiB" in note
+
+
+def test_plan_imports_no_library_that_it_does_not_need_and_ends_at_once(folder):
+    """Of images first: what it imports counts for the plan of texts, in the same process, too."""
+    digits = folder / "digits.yaml"
+    digits.write_text("model: {name: timm:resnet10t, weights: none}\ndata: {train: builtin:digits, image_size: 32}\n")
+    code = f"""
+import atexit, gc, sys
+from dist_finetune.cli import main
+atexit.register(lambda: print("left aside at the end:", gc.get_freeze_count() > 100_000))  # comes after main's own
+unneeded = ["sklearn", "deepspeed", "matplotlib", "torchmetrics", "aiohttp", "onnx"]
+for config, names in (({str(digits)!r}, ["transformers", *unneeded]), ({str(folder / "plan.yaml")!r}, unneeded)):
+    try:
+        main(["plan", config])
+    except SystemExit as end:
+        assert end.code in (0, None), end.code
+    print("unneeded:", [name for name in names if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("unneeded: []") == 2, done.stdout
+    assert done.stdout.endswith("left aside at the end: True\n")

@@ -156,6 +156,10 @@ def spec(**slurm: object) -> Spec:
         ({"extra": ["rm -rf /"]}, "is no sbatch option"),
         ({"extra": ["--nodes=4"]}, "--nodes is written by submit itself"),
         ({"extra": "-p debug"}, "--partition is written by submit itself"),
+        ({"extra": "--ntask=2"}, "--ntasks is written by submit itself"),
+        ({"extra": "--wrap=touch x"}, "would not just submit"),
+        ({"extra": "-W"}, "would not just submit"),
+        ({"extra": "--test-only"}, "would not just submit"),
         ({"env": {"A B": "1"}}, "is no name of an environment variable"),
         ({"env": {"WANDB_API_KEY": "k"}}, "looks like a secret"),
         ({"env": {"HF_TOKEN": "k"}}, "looks like a secret"),
@@ -219,6 +223,8 @@ def test_sweeps_make_every_combination() -> None:
         (["train.lr=1,,2"], "write key=value,value"),
         (["name=a,b"], "can't be swept"),
         (["train.lr=1,2", "train.lr=3"], "given twice"),
+        (["train.lr=1e-5,3e-5,1e-5"], "1e-5 is given twice"),
+        (["launch.slurm.partition=a,b"], "all runs of a sweep are one job"),
         ([f"train.seed={','.join(map(str, range(40)))}", f"train.lr={','.join(map(str, range(40)))}"], "1600 runs"),
     ],
 )
@@ -232,10 +238,12 @@ def test_wrong_sweeps(sweeps: list[str], words: str) -> None:
     [
         ({"to": "slrum"}, "Did you mean slurm?"),
         ({"gpus_per_node": 2, "processes_per_node": 4}, "--gpus-per-node 0 trains on CPUs"),
+        ({"gpus_per_node": 0, "gpu_memory_bytes": 1}, "--gpu-memory has no effect"),
         ({"to": "dstack", "time": "4 h"}, "--time is SLURM's"),
         ({"to": "kubernetes", "sweep": ("a=1",)}, "--sweep is SLURM's"),
         ({"time": "90"}, "has no unit"),
         ({"price": "/nowhere.yaml"}, "no such file"),
+        ({"price": "/nowhere.yaml", "gpus_per_node": 0}, "a price list is of GPUs"),
     ],
 )
 def test_wrong_flags(options: dict[str, object], words: str) -> None:

@@ -199,6 +199,30 @@ def test_warmup_is_a_fraction_or_whole_steps(warmup: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        ({"until": "never"}, "phases.0.until can't be 'never'. It takes plateau"),
+        ({"warmup": 1.5}, "phases.0.warmup: 1.5 is neither a fraction below 1 nor a whole number of steps"),
+        ({"untill": "plateau"}, "unknown key phases.0.untill. Did you mean until?"),
+        ({"epochs": 0}, "phases.0.epochs"),
+    ],
+)
+def test_what_is_wrong_in_a_phase_is_told_of_that_phase(phase: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_spec({**SMALL, "phases": [{"name": "a", "freeze": "backbone", "epochs": 1, **phase}]})
+    assert message in str(error.value)
+    assert "lp-ft" not in str(error.value)
+    assert "1 problem" in str(error.value)
+
+
+def test_a_phase_that_lacks_a_key_says_which() -> None:
+    with pytest.raises(UserError, match=r"phases\.0\.epochs is required"):
+        load_spec({**SMALL, "phases": [{"name": "a", "freeze": "backbone"}]})
+    with pytest.raises(UserError, match=r"phases can't be 'gradul'\. Did you mean gradual"):
+        load_spec({**SMALL, "phases": "gradul"})
+
+
+@pytest.mark.parametrize(
     ("text", "seconds"),
     [
         ("30 min", 1800),

@@ -18,6 +18,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dist_finetune.data.image_input import ImageInput
+from dist_finetune.models.card import ModelCard
+from dist_finetune.models.order import visit_order
 from dist_finetune.models.structure import Part, Structure, render_structure, structure_of
 
 
@@ -252,6 +255,67 @@ def test_torchvision(name: str) -> None:
     with torch.device("meta"):
         model = torchvision.models.get_model(name, num_classes=5)
     assert_expected(model, TORCHVISION[name])
+
+
+@pytest.mark.parametrize("family", ["xlm", "flaubert"])
+def test_blocks_in_four_lists(family: str) -> None:
+    config = {"emb_dim": 16, "n_heads": 2, "n_layers": 3, "vocab_size": 64}
+    lists = ("attentions", "layer_norm1", "ffns", "layer_norm2")
+    blocks = [" ".join(f"transformer.{name}.{i}" for name in lists) for i in range(3)]
+    first = "transformer.position_embeddings transformer.embeddings transformer.layer_norm_emb"
+    assert_expected(on_meta(family, **config), Expected(3, first, (blocks[0], blocks[-1]), "", "sequence_summary"))
+
+
+@pytest.mark.parametrize(
+    ("family", "depth", "head"),
+    [("clip", 12, "classifier"), ("siglip", 12, "classifier"), ("hgnet_v2", 4, "fc"), ("focalnet", 4, "classifier")],
+)
+def test_image_families_that_name_no_base_or_downsample_behind_a_stage(family: str, depth: int, head: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(AutoConfig.for_model(family))
+    structure = structure_of(model)
+    assert structure.depth == depth
+    assert_holds(part(structure, "head"), head, [name for name, _ in model.named_parameters()])
+    assert part(structure, "other") is None
+    assert_adds_up(model, structure)
+
+
+def built(library: str, name: str) -> tuple[nn.Module, ModelCard]:
+    """A model on the meta device, and a card with which it is run."""
+    text = library == "text"
+    with torch.device("meta"):
+        if library == "timm":
+            model = timm.create_model(name, num_classes=5)
+        elif library == "torchvision":
+            model = torchvision.models.get_model(name, num_classes=5)
+        else:
+            model = on_meta(name)
+    size = model.default_cfg["input_size"][-1] if library == "timm" else getattr(model, "config", None)
+    size = size if isinstance(size, int) else getattr(size, "image_size", 224)
+    image = None if text else ImageInput(size=(size, size))
+    return model, ModelCard("custom", name, name, "text" if text else "image", image, 64 if text else None, False, 1e-3)
+
+
+def held_by_part(structure: Structure) -> list[tuple[str, set[str], tuple[str, ...], tuple[str, ...]]]:
+    return [(p.label, set(p.modules), p.parameters, p.buffers) for p in structure.parts]
+
+
+CALLED = {"text": [*TEXT, "albert"], "image": list(IMAGE), "timm": list(TIMM), "torchvision": list(TORCHVISION)}
+NOT_RUN_ON_META = {"big_bird", "xlnet"}  # they read values
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", CALLED)
+def test_libraries_register_modules_in_the_order_of_their_calls(library: str) -> None:
+    """What lets a plan do without a pass for its structure."""
+    ran = []
+    for name in CALLED[library]:
+        model, card = built(library, name)
+        visited = visit_order(model, card)
+        if visited:
+            ran.append(name)
+            assert held_by_part(structure_of(model, visited)) == held_by_part(structure_of(model)), name
+    assert set(CALLED[library]) - set(ran) <= NOT_RUN_ON_META
 
 
 def test_relative_embeddings_and_convolution_of_deberta_v3_are_placed() -> None:

@@ -1,6 +1,8 @@
 """`submit` from the command line to the files of a run, with a stand-in for sbatch; the real one is in tests/slurm."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_finetune.cli import main
+from dist_finetune.run_folder import resume_command
 from dist_finetune.spec_file import load_spec
 
 CONFIG = """
@@ -34,7 +37,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "sbatch").write_text(SBATCH)
-    (programs / "sbatch").chmod(0o755)
+    (programs / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
+    for name in ("sbatch", "squeue"):
+        (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -87,20 +92,54 @@ def test_a_submission_leaves_its_files_and_tells_what_to_do_next(
         assert words in out
 
 
+def test_a_hostile_name_can_be_pasted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "it's $(touch BROKE)`touch BROKE`;touch BROKE"
+    run("--gpus-per-node", "2", f"name={json.dumps(name)}")
+    out = capsys.readouterr().out
+    watch = next(line for line in out.splitlines() if line.startswith("watch:")).removeprefix("watch:")
+    for program in ("squeue", "tail"):
+        (place / "bin" / program).write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$0.arguments"\n')
+        (place / "bin" / program).chmod(0o755)
+    subprocess.run(["bash", "-c", watch], cwd=place, check=True, timeout=20)
+    log = place / "runs" / name / "logs" / "slurm-4711.out"
+    assert (place / "bin" / "tail.arguments").read_text().splitlines() == ["-F", str(log)]
+    assert not list(place.rglob("BROKE*"))
+    assert shlex.split(resume_command(place / name)) == ["dist-finetune", "resume", str(place / name)]
+
+
 def test_the_difference_from_the_last_submission_is_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("--gpus-per-node", "2")
     assert "last submission" not in capsys.readouterr().out
     run("--gpus-per-node", "2")
     assert "# as submitted last" in capsys.readouterr().out
-    run("--gpus-per-node", "2", "--time", "2 h", "launch.slurm.qos=long")
+    run("--gpus-per-node", "2", "--time", "2 h", "launch.slurm.qos=long", "launch.join_timeout=90 s")
     out = capsys.readouterr().out
     shown = out.split("# differs from the last submission:")[1].splitlines()
     changes = [line for line in shown if line.startswith(("+", "-"))]
     assert changes[:3] == ["-#SBATCH --time=04:00:00", "+#SBATCH --time=02:00:00", "+#SBATCH --qos=long"]
+    assert changes[-1].endswith(' --master-port="$port" --rdzv-conf=timeout=90 \\'), (
+        "nodes wait no longer for an absent one"
+    )
     assert load_spec(place / "runs/topics/config.yaml").launch.slurm.qos == "long"
     code, said = refused(capsys, "--gpus-per-node", "2", "train.lr=1e-5", "freeze=none")
     assert code == 2
     assert "another config" in said
+
+
+def test_a_run_whose_job_is_still_there_is_not_submitted_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("--gpus-per-node", "2")
+    squeue = place / "bin" / "squeue"
+    squeue.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$0.arguments"\necho PENDING\n')
+    for more in ([], ["--fresh"]):
+        code, said = refused(capsys, "--gpus-per-node", "2", *more)
+        assert code == 2
+        assert "job 4711 of" in said
+        assert "is still there (PENDING)" in said
+        assert "scancel 4711" in said
+    assert "--jobs=4711" in squeue.with_name("squeue.arguments").read_text().splitlines()
+    assert len((place / "runs" / "topics" / "submissions.jsonl").read_text().splitlines()) == 1
+    squeue.write_text("#!/bin/sh\n")
+    run("--gpus-per-node", "2")
 
 
 def test_a_sweep_has_a_folder_for_each_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,6 +175,10 @@ def test_what_does_not_fit_or_is_refused_is_not_submitted(
     code, said = refused(capsys, "--gpus-per-node", "2")
     assert code == 2
     assert "invalid partition specified: gpu" in said
+    (place / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: Job 3 to start at noon' >&2\n")
+    code, said = refused(capsys, "--gpus-per-node", "2")
+    assert code == 2
+    assert "sbatch named no job, but said 'sbatch: Job 3 to start at noon'" in said
     monkeypatch.setenv("PATH", str(place))
     code, said = refused(capsys, "--gpus-per-node", "2")
     assert code == 2
@@ -164,10 +207,14 @@ def test_a_finished_run_is_not_submitted_again(place: Path, capsys: pytest.Captu
 def test_files_for_rented_machines(
     place: Path, capsys: pytest.CaptureFixture[str], tool: str, file: str, command: str
 ) -> None:
+    (place / "pyproject.toml").write_text("")
+    if tool == "kubernetes":
+        config = CONFIG.replace("rows.csv", "builtin:topics").replace("cloud: {", "cloud: {image: mine, ")
+        (place / "topics.yaml").write_text(config)
     (place / "prices.yaml").write_text("A100-80GB: {per_hour: 2.0, tflops: 312}\n")
     run("--gpus-per-node", "2", "--to", tool, "--price", "prices.yaml")
     out = capsys.readouterr().out
-    assert "price     A100-80GB x 2: " in out
+    assert re.search(r"^price     A100-80GB x 2: \d+\.\d min, \d+\.\d\d$", out, re.MULTILINE), out
     assert command in out
     assert (place / "runs" / "topics" / file).read_text() in out
     assert not (place / "bin" / "sbatch.arguments").exists()

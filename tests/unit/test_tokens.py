@@ -11,8 +11,9 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from dist_finetune.cache.tokens import STORE_FROM_ROWS, TokenStore, tokenizer_digest
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.data.text import TextRows, encode_text
-from dist_finetune.plan import Plan, local_topology, plan_run
+from dist_finetune.plan import Plan, plan_run
 from dist_finetune.spec_file import load_spec
+from dist_finetune.topology import local_topology
 
 NUM_ROWS = STORE_FROM_ROWS + 1
 Encode = Callable[[], TextRows]

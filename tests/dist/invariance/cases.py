@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,6 +47,13 @@ class Case:
     def reference(self) -> str:
         return f"{self.model}, {self.freeze}, {self.rows} rows"
 
+    @property
+    def cost(self) -> float:
+        """About how long it takes 2 cores, in runs of a small model at one process: more processes than cores wait for
+        each other at every collective, and zero3 has one for each module and direction."""
+        gathers = 3 if self.strategy.startswith("zero3") else 1
+        return {1: 1, 2: 2, 4: 6}[self.world_size] * gathers * (1 if self.model in SMALL else 2)
+
     def overrides(self) -> dict[str, Any]:
         """Sections of the config that differ from the model's base."""
         strategy, _, extra = self.strategy.partition(" ")
@@ -83,37 +90,50 @@ def full_product() -> list[Case]:
 
 def pairwise(count: int, seed: int = 0) -> list[Case]:
     """Cases in which every possible pair of values of two dimensions occurs, filled up with small models to `count`."""
-    draw = random.Random(seed)
-    candidates = full_product()
-    draw.shuffle(candidates)
-    missing = {pair for case in candidates for pair in _pairs(case)}
-    chosen: list[Case] = []
-    while missing:
-        best = max(candidates, key=lambda case: len(missing.intersection(_pairs(case))))
-        chosen.append(best)
-        missing -= set(_pairs(best))
-    rest = [case for case in candidates if case.model in SMALL and case not in chosen]
-    return sorted(chosen + rest[: max(0, count - len(chosen))], key=lambda case: case.name)
+    return _filled_cover(full_product(), _pairs, count, seed)
 
 
 def few(count: int, seed: int = 1) -> list[Case]:
     """A few cases of the small models at 1 and 2 processes in which each value occurs at least once."""
-    draw = random.Random(seed)
-    candidates = [c for c in full_product() if c.model in SMALL and c.world_size < 4]
-    draw.shuffle(candidates)
-    chosen: list[Case] = []
-    missing = {value for case in candidates for value in _values(case)}
-    while missing:
-        best = max(candidates, key=lambda case: len(missing.intersection(_values(case))))
-        chosen.append(best)
-        missing -= set(_values(best))
-    rest = [case for case in candidates if case not in chosen]
+    return _filled_cover([c for c in full_product() if c.model in SMALL and c.world_size < 4], _values, count, seed)
+
+
+def _filled_cover(
+    candidates: list[Case], parts: Callable[[Case], Collection[Hashable]], count: int, seed: int
+) -> list[Case]:
+    """A cover, filled up with more ways to run what its cases run already: each reference is a run of its own."""
+    random.Random(seed).shuffle(candidates)
+    chosen = _cover(candidates, parts)
+    references = {case.reference for case in chosen}
+    rest = [c for c in candidates if c.cost <= 6 and c.reference in references and c not in chosen]
     return sorted(chosen + rest[: max(0, count - len(chosen))], key=lambda case: case.name)
+
+
+def _cover(candidates: Sequence[Case], parts: Callable[[Case], Collection[Hashable]]) -> list[Case]:
+    """Cases that together have every part that a candidate has: each time the one with most that are still missing for
+    what it costs, and of several the one whose reference another case needs already."""
+    of_case = {case: frozenset(parts(case)) for case in candidates}
+    missing, gains = set().union(*of_case.values()), {case: len(of_case[case]) / case.cost for case in candidates}
+    chosen: list[Case] = []
+    references: set[str] = set()
+    while missing:
+        best, most = candidates[0], (0.0, False)
+        for case in candidates:
+            if (gains[case], True) > most:  # what a case adds only shrinks: a look at the last number is often enough
+                gains[case] = len(missing & of_case[case]) / case.cost
+                if (gains[case], case.reference in references) > most:
+                    best, most = case, (gains[case], case.reference in references)
+        chosen.append(best)
+        references.add(best.reference)
+        missing -= of_case[best]
+    return chosen
 
 
 def _values(case: Case) -> Sequence[tuple[str, Any]]:
     return list(case.to_json().items())
 
 
-def _pairs(case: Case) -> Iterator[tuple[tuple[str, Any], tuple[str, Any]]]:
-    return itertools.combinations(_values(case), 2)
+def _pairs(case: Case) -> Sequence[Hashable]:
+    """The pairs of its values; and, as one process has nothing to shard, its freeze and its strategy at several."""
+    shared_out = [(case.freeze, case.strategy, "several")] if case.world_size > 1 else []
+    return [*itertools.combinations(_values(case), 2), *shared_out]

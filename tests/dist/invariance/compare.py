@@ -1,6 +1,7 @@
 """What a run leaves that must not depend on how it was run, and how far two such outcomes lie apart."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ TOLERANCES = {
     "ids": 0.0, "lr": 0.0, "loss": 1e-5, "grad_norm": 5e-5, "logits": 1e-4, "predictions": 0.0, "metrics": 1e-4,
     "weights": 1e-4, "frozen": 0.0,
 }  # fmt: skip
+GPU_TOLERANCES = {**TOLERANCES, "loss": 1e-4, "grad_norm": 1e-3, "logits": 1e-3, "weights": 1e-3, "metrics": 1e-3}
+"""A GPU's kernels add up in an order of their own for every batch size; TF32 is off."""
 NO_GRADIENT = "key.bias"
 """Attention does not depend on it: its gradient is rounding noise, which Adam turns into steps of full size."""
 
@@ -85,6 +88,6 @@ def _relative(values: list[float], others: list[float]) -> float:
     return max(abs(a - b) / max(abs(b), 1e-12) if a != b else 0.0 for a, b in zip(values, others, strict=True))
 
 
-def beyond(distance: dict[str, float]) -> dict[str, float]:
+def beyond(distance: dict[str, float], tolerances: Mapping[str, float] = TOLERANCES) -> dict[str, float]:
     """The distances that are not within tolerance; NaN never is."""
-    return {key: value for key, value in distance.items() if not value <= TOLERANCES[key]}
+    return {key: value for key, value in distance.items() if not value <= tolerances[key]}

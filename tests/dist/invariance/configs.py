@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from material import FILLERS, TOPICS, Material, write_material
+from material import FILLERS, TOPICS, Material, write_material, write_sentences, write_task_rows
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from invariance.cases import GLOBAL_BATCH_SIZE, Case
 
+NUM_VALIDATION = 13
+"""Rows that are evaluated nine times a run: few, and at 2 and 4 processes not the same number on each."""
 # Equal numbers are claimed where BatchNorm is frozen: which rows share a batch depends on the world size.
 BATCH_NORMS = {
     "resnet": ["conv1.1.*", "conv1.4.*", "bn1.*", "*.bn1.*", "*.bn2.*", "*.bn3.*", "*.downsample.2.*"],
@@ -30,6 +32,8 @@ def write_inputs(folder: Path) -> Inputs:
     """Writes a 4-block BERT, a small CNN's weights, texts and images into `folder`."""
     folder.mkdir()
     material = write_material(folder)
+    write_sentences(material.validation, NUM_VALIDATION, seed=1)
+    write_task_rows(folder / "tasks_validation.jsonl", NUM_VALIDATION, seed=1)
     bert = folder / "bert4"
     bert.mkdir()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLERS, *(w for topic in TOPICS.values() for w in topic)]

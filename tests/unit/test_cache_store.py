@@ -1,0 +1,199 @@
+"""Stored activations: what is written comes back, a half-written shard goes on, the quota evicts what is used least."""
+
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dist_finetune.cache.cut import ACTIVATION
+from dist_finetune.cache.entries import META, clear, list_entries, make_room
+from dist_finetune.cache.rows import CachedCollate, CachedRows
+from dist_finetune.cache.store import Layout, ShardWriter, StoredRows
+from dist_finetune.cli import main
+from dist_finetune.data.text import TextRows, collate_text
+
+LENGTHS = np.asarray([3, 1, 5, 2, 4, 1, 7], np.int32)
+WIDTH = 6
+MIB = 2**20
+
+
+def layout(dtype: str, num_shards: int, lengths: np.ndarray | None = LENGTHS) -> Layout:
+    shard_of = np.asarray([0, 3, 0, 1, 2, 2, 1]) % num_shards  # with 8 shards some have none
+    return Layout(len(LENGTHS), (WIDTH,), dtype, num_shards, lengths, shard_of.astype(np.uint16))
+
+
+def activations() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(int(length), WIDTH) for length in LENGTHS]
+
+
+def write(folder: Path, made: Layout, rows: list[torch.Tensor]) -> None:
+    for shard in range(made.num_shards):
+        writer = ShardWriter(folder, "train", shard, made)
+        for index in reversed(np.flatnonzero(made.shard_of == shard)):  # any order
+            writer.write(index, rows[index])
+        writer.note(made.num_rows)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 8])
+@pytest.mark.parametrize(("dtype", "relative"), [("fp32", 0.0), ("bf16", 2**-8)])
+def test_rows_come_back_as_stored(tmp_path: Path, dtype: str, relative: float, num_shards: int) -> None:
+    """fp32 to the bit; bf16 within half a unit of its 8 bits. With 8 shards of 7 rows, one has none."""
+    made, rows = layout(dtype, num_shards), activations()
+    write(tmp_path, made, rows)
+    stored = StoredRows(tmp_path, "train", made)
+    for index, row in enumerate(rows):
+        out = np.empty((len(row), WIDTH), np.float32)
+        stored.read_into(index, out)
+        if dtype == "fp32":
+            assert torch.equal(torch.from_numpy(out), row)
+        else:
+            assert torch.equal(torch.from_numpy(out), row.bfloat16().float())
+            assert np.abs(out - row.numpy()).max() <= relative * row.abs().max()
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.bin"))
+    assert size == made.num_bytes == LENGTHS.sum() * WIDTH * (4 if dtype == "fp32" else 2)
+
+
+def test_a_half_written_shard_goes_on(tmp_path: Path) -> None:
+    made, rows = layout("fp32", 1), activations()
+    first = ShardWriter(tmp_path, "train", 0, made)
+    for index in range(4):
+        first.write(index, rows[index])
+    first.note(4)
+    first.write(4, rows[4])  # and then the process is killed: not noted, so it counts as not done
+    second = ShardWriter(tmp_path, "train", 0, made)
+    assert second.num_done == 4
+    for index in range(4, 7):
+        second.write(index, rows[index])
+    second.note(7)
+    stored = StoredRows(tmp_path, "train", made)
+    for index, row in enumerate(rows):
+        out = np.empty((len(row), WIDTH), np.float32)
+        stored.read_into(index, out)
+        assert torch.equal(torch.from_numpy(out), row)
+
+
+def test_two_writers_of_one_shard_do_each_other_no_harm(tmp_path: Path) -> None:
+    """A job that wakes up after it was taken for gone: the other's file is not cut off under it."""
+    made, rows = layout("fp32", 1), activations()
+    first = ShardWriter(tmp_path, "train", 0, made)
+    for index in range(3):
+        first.write(index, rows[index])
+    ShardWriter(tmp_path, "train", 0, made).write(5, rows[5])
+    for index in (3, 4, 6):
+        first.write(index, rows[index])
+    first.note(7)
+    stored = StoredRows(tmp_path, "train", made)
+    for index, row in enumerate(rows):
+        out = np.empty((len(row), WIDTH), np.float32)
+        stored.read_into(index, out)
+        assert torch.equal(torch.from_numpy(out), row)
+
+
+def test_a_shard_has_its_room_on_the_disk_before_its_first_row(tmp_path: Path) -> None:
+    made = Layout(1, (MIB,), "fp32", 1, None, np.zeros(1, np.uint16))
+    ShardWriter(tmp_path, "train", 0, made)
+    found = (tmp_path / "train-00000.bin").stat()
+    assert found.st_size == 4 * MIB
+    assert found.st_blocks * 512 >= 4 * MIB
+
+
+def test_a_disk_that_is_too_small_says_so_before_anything_is_written(tmp_path: Path) -> None:
+    """Whatever the disk is: the system refuses a file beyond the process's limit, as it refuses one beyond the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MIB, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            ShardWriter(tmp_path, "train", 0, Layout(1, (MIB,), "fp32", 1, None, np.zeros(1, np.uint16)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.mark.parametrize("pads_left", [False, True])
+def test_batches_have_activations_where_their_tokens_are(tmp_path: Path, pads_left: bool) -> None:
+    made, rows = layout("fp32", 2), activations()
+    write(tmp_path, made, rows)
+    offsets = np.concatenate([[0], np.cumsum(LENGTHS)]).astype(np.int64)
+    texts = TextRows(np.arange(1, offsets[-1] + 1, dtype=np.int32), offsets, None, np.arange(7), 0)
+
+    def collate(batch: list) -> dict:
+        return collate_text(batch, 0, multiple_of=8, padding_side="left" if pads_left else "right")
+
+    cached = CachedRows(texts, is_text=True)
+    batch = CachedCollate(StoredRows(tmp_path, "train", made), made, collate, pads_left)([cached[i] for i in (2, 1, 6)])
+    inputs = batch["inputs"]
+    assert batch["labels"].tolist() == [2, 1, 6]
+    assert inputs[ACTIVATION].shape == (3, 8, WIDTH)
+    mask = inputs["attention_mask"].bool()
+    assert torch.equal(inputs[ACTIVATION][mask], torch.cat([rows[2], rows[1], rows[6]]))
+    assert not inputs[ACTIVATION][~mask].any()
+
+
+def test_views_of_a_row_take_turns(tmp_path: Path) -> None:
+    """Row i has `views` versions, `num_rows` apart; epochs go through them and begin again."""
+
+    class Labelled:
+        labels = np.asarray([7, 8, 9])
+
+        def __len__(self) -> int:
+            return 3
+
+    rows = CachedRows(Labelled(), is_text=False, views=2)
+    assert [rows[epoch, 1][0] for epoch in range(5)] == [1, 4, 1, 4, 1]
+    assert rows[2] == (2, {"label": 9})
+
+
+def entry(root: Path, key: str, num_bytes: int, used: float) -> None:
+    (root / key).mkdir(parents=True)
+    (root / key / "train-00000.bin").write_bytes(bytes(num_bytes))
+    (root / key / META).write_text(json.dumps({"source": f"model of {key}"}))
+    os.utime(root / key / META, (used, used))
+
+
+def test_the_quota_evicts_what_was_used_longest_ago(tmp_path: Path) -> None:
+    for key, used in (("old", 1e9), ("newer", 2e9), ("newest", 3e9)):
+        entry(tmp_path, key, MIB, used)
+    make_room(tmp_path, MIB, quota=10 * MIB)
+    assert [e.key for e in list_entries(tmp_path)] == ["old", "newer", "newest"]
+    make_room(tmp_path, MIB, quota=int(3.5 * MIB))
+    assert [e.key for e in list_entries(tmp_path)] == ["newer", "newest"]
+    make_room(tmp_path, MIB, quota=MIB)
+    assert list_entries(tmp_path) == []
+
+
+def test_what_could_never_keep_within_the_quota_evicts_nothing(tmp_path: Path) -> None:
+    entry(tmp_path, "old", MIB, 1e9)
+    with pytest.raises(OSError, match=r"5 MiB are more than cache\.quota, which is 4 MiB"):
+        make_room(tmp_path, 5 * MIB, quota=4 * MIB)
+    assert [e.key for e in list_entries(tmp_path)] == ["old"]
+
+
+def test_what_was_begun_and_given_up_is_removed(tmp_path: Path) -> None:
+    for name, age_s in ((".given-up.2", 8 * 86400), (".at-work.2", 60)):
+        (tmp_path / name).mkdir()
+        then = (tmp_path / name).stat().st_mtime - age_s
+        os.utime(tmp_path / name, (then, then))
+    make_room(tmp_path, 0, quota=MIB)
+    assert [path.name for path in tmp_path.iterdir()] == [".at-work.2"]
+
+
+def test_the_command_lists_and_clears(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry(tmp_path, "abc", 2 * MIB, 1e9)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["cache", "ls", "--folder", str(tmp_path)])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("abc")
+    assert "2.0 MiB" in line
+    assert line.endswith("model of abc")
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["cache", "clear", "--folder", str(tmp_path)])
+    assert "2.0 MiB freed" in capsys.readouterr().out
+    assert clear(tmp_path) == 0
+    assert not tmp_path.exists()

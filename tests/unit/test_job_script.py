@@ -1,0 +1,138 @@
+"""What the job script does when it is told to stop, with stand-ins for SLURM's programs; tests/slurm has the real."""
+
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dist_finetune.launchers.slurm import SlurmJob, render_job
+from dist_finetune.spec_launch import SlurmSpec
+
+SRUN = """#!/bin/bash
+trap 'told=1' USR1 TERM
+[ -z "${RUNNING+x}" ] || echo running > "$DIST_FINETUNE_VERDICT"
+echo "${DIST_FINETUNE_AFTER-}" > "$STUBS/after"
+echo $$ > "$STUBS/srun.started"
+for ((i = 0; i < 100 && !told; i++)); do sleep 0.1; done
+[ -z "${VERDICT+x}" ] || echo "$VERDICT" > "$DIST_FINETUNE_VERDICT"
+exit 1
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = requeue ]; then echo "$2" >> "$STUBS/requeued"; else echo n1; fi
+"""
+
+
+def stubs(folder: Path, **programs: str) -> Path:
+    """Programs for the PATH, which write down in `folder` what they were given."""
+    folder.mkdir()
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def job(folder: Path, num_runs: int = 1, grace_s: int = 60) -> SlurmJob:
+    runs = [folder / f"run{i}" for i in range(num_runs)]
+    for run in runs:
+        run.mkdir(exist_ok=True)
+    configs = tuple(run / "config.yaml" for run in runs)
+    return SlurmJob("x", SlurmSpec(max_requeues=2), 1, 0, 1, grace_s, configs=configs, folder=folder)
+
+
+def ended(
+    folder: Path, script: SlurmJob, number: signal.Signals, log: Path | None = None, **env: str
+) -> tuple[int, str]:
+    """Exit code and output of a job script that gets a signal while its workers run; what it says is added to `log`."""
+    log = log or folder / "log"
+    programs = folder / "bin" if (folder / "bin").exists() else stubs(folder / "bin", srun=SRUN, scontrol=SCONTROL)
+    (programs / "srun.started").unlink(missing_ok=True)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "STUBS": str(programs)}
+    with log.open("a") as out:
+        process = subprocess.Popen(
+            ["bash", "-c", render_job(script)],
+            env={"PATH": f"{programs}:{os.environ['PATH']}", **slurm, **env},
+            cwd=folder,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + 20
+        while not (programs / "srun.started").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        process.wait(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    return process.returncode, log.read_text()
+
+
+def requeued(folder: Path) -> list[str]:
+    path = folder / "bin" / "requeued"
+    return path.read_text().split() if path.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("array", "named"), [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "1"}, "6_1")]
+)
+def test_a_task_of_an_array_is_queued_again_alone(tmp_path: Path, array: dict[str, str], named: str) -> None:
+    """Its own id may be that of the whole array, whose other tasks would be stopped and queued again with it."""
+    script = job(tmp_path, num_runs=2 if array else 1)
+    _, out = ended(tmp_path, script, signal.SIGUSR1, **array)
+    assert requeued(tmp_path) == [named]
+    assert f"job {named}, attempt 1 of 3: stopped at the time limit" in out
+
+
+def test_a_save_that_takes_too_long_is_queued_again_by_the_same_name(tmp_path: Path) -> None:
+    stubs(tmp_path / "bin", srun=SRUN.replace("told=1", "true").replace("100", "25"), scontrol=SCONTROL)
+    array = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "1"}
+    _, _ = ended(tmp_path, replace(job(tmp_path, num_runs=2), grace_s=16), signal.SIGUSR1, **array)
+    assert requeued(tmp_path)[0] == "6_1"
+
+
+@pytest.mark.parametrize(
+    ("left", "code", "again"),
+    [
+        ({"RUNNING": "", "VERDICT": "stopped"}, 75, True),
+        ({"RUNNING": "", "VERDICT": "failed"}, 1, False),
+        ({"RUNNING": "", "VERDICT": ""}, 1, False),
+        ({"RUNNING": ""}, 1, False),
+        ({}, 75, True),
+    ],
+    ids=["saved", "failed", "no room for the word", "killed", "not begun"],
+)
+def test_only_a_run_that_saved_is_queued_again(tmp_path: Path, left: dict[str, str], code: int, again: bool) -> None:
+    """srun and torchrun end with 1 in each case; one that had not begun has nothing to save."""
+    given, out = ended(tmp_path, job(tmp_path), signal.SIGUSR1, **left)
+    assert given == code, out
+    assert requeued(tmp_path) == (["7"] if again else [])
+    assert ("failed, exit code 1; the message is above" in out) != again
+    left_behind = [path.read_text() for path in (tmp_path / "run0").iterdir()]
+    assert left_behind == (["the time limit\n"] if again else []), "only what the next attempt reads"
+
+
+@pytest.mark.parametrize(
+    ("line", "after"),
+    [
+        ("", "the time limit"),
+        ("DUE TO PREEMPTION ***", "PREEMPTION"),
+        ("DUE TO JOB REQUEUE ***", "scontrol requeue"),
+        ("DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***", "NODE FAILURE"),
+        ("***", "a reason that SLURM did not write here"),
+    ],
+)
+def test_an_attempt_knows_why_the_one_before_ended(tmp_path: Path, line: str, after: str) -> None:
+    """SLURM's own words for it stand in the job's log, to which every attempt adds."""
+    script, log = job(tmp_path), tmp_path / "log"
+    saved = {"RUNNING": "", "VERDICT": "stopped"}
+    ended(tmp_path, script, signal.SIGUSR1 if not line else signal.SIGTERM, log=log, **saved)
+    with log.open("a") as file:
+        file.write(f"slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-27T18:47:59 {line}\n")
+    ended(tmp_path, script, signal.SIGUSR1, log=log, SLURM_RESTART_COUNT="1", **saved)
+    assert f"attempt 2 of 3: goes on after {after}\n" in log.read_text()
+    assert (tmp_path / "bin" / "after").read_text() == f"{after}\n"

@@ -1,0 +1,255 @@
+"""What a rank finds as it joins its job: GPUs that were promised, its share of the cores, the right network."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_finetune.launchers.environment import LaunchedAs, cpu_threads, granted_gpus
+
+REPOSITORY = Path(__file__).parents[2]
+PROGRAMS = Path(sys.executable).parent
+CPU_CONFIG = REPOSITORY / "launch" / "accelerate" / "cpu_2.yaml"
+STEP = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+}
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """That of a process started by hand, with no GPU hidden and no number of threads chosen."""
+    hidden = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    kept = {k: v for k, v in os.environ.items() if k not in hidden and not k.startswith("SLURM_")}
+    path = f"{PROGRAMS}:{os.environ['PATH']}"
+    return {**kept, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY), "PATH": path, **more}
+
+
+def python(code: str, *, timeout_s: float = 90, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=timeout_s)
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("env", "granted"),
+    [
+        ({}, 0),
+        ({"SLURM_GPUS_ON_NODE": "4"}, 4),
+        ({"SLURM_GPUS_ON_NODE": "gpu:2"}, 2),
+        ({"DIST_FINETUNE_GPUS_PER_NODE": "0", "SLURM_GPUS_ON_NODE": "4"}, 0),
+        ({"DIST_FINETUNE_GPUS_PER_NODE": "8"}, 8),
+        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": ""}, 0),
+        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "0,1"}, 4),
+    ],
+)
+def test_gpus_that_a_scheduler_gave(env: dict[str, str], granted: int) -> None:
+    assert granted_gpus(env)[0] == granted
+
+
+JOIN = """
+import sys
+from dist_finetune.errors import UserError
+from dist_finetune.spec import LaunchSpec
+from dist_finetune.world import join_world
+try:
+    with join_world(LaunchSpec(join_timeout=8)) as world:
+        print("joined on", world.device)
+except UserError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+@pytest.mark.dist
+@without_gpu
+@pytest.mark.parametrize(
+    ("env", "joins"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "2"}, False),
+        ({"DIST_FINETUNE_GPUS_PER_NODE": "2"}, False),
+        ({"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": ""}, True),
+        ({"DIST_FINETUNE_GPUS_PER_NODE": "0", "SLURM_GPUS_ON_NODE": "2"}, True),
+        ({}, True),
+    ],
+)
+def test_a_job_with_gpus_does_not_train_on_the_cpu_in_silence(env: dict[str, str], joins: bool) -> None:
+    done = python(JOIN, **env)
+    if joins:
+        assert (done.returncode, done.stdout) == (0, "joined on cpu\n"), done.stderr
+        return
+    assert done.returncode == 1
+    (name,) = env
+    assert re.search(rf"refused: the job was given 2 GPUs on {socket.gethostname()} \({name}\), but torch", done.stderr)
+    assert "--gpus-per-node 0, or set CUDA_VISIBLE_DEVICES= (empty)" in done.stderr
+
+
+@pytest.mark.dist
+@without_gpu
+def test_the_doctor_says_that_gpus_are_missing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dist_finetune", "doctor"]
+    env = environment(SLURM_GPUS_ON_NODE="2", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"^fail  GPUs +the job was given 2 GPUs on .*sees none\n +-> look at", done.stdout, re.MULTILINE)
+    assert re.search(r"^ok    versions", done.stdout, re.MULTILINE), "what can be seen all the same is told"
+    assert done.stdout.count("the job was given") == 1
+    assert "Traceback" not in done.stderr
+
+
+# --- cores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("launcher", "env", "cores", "threads"),
+    [
+        ("torchrun", {}, 16, 4),
+        ("torchrun", {**STEP, "SLURM_STEP_NUM_TASKS": "2", "SLURM_CPUS_PER_TASK": "32"}, 64, 8),
+        ("srun", {**STEP, "SLURM_CPUS_PER_TASK": "12"}, 64, 12),
+        ("srun", STEP, 64, 16),
+        ("torchrun", {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_CPUS_PER_TASK": "1"}, 8, 2),
+        ("run", {}, 2, 1),
+    ],
+)
+def test_threads_are_a_ranks_share_of_the_cores(launcher: str, env: dict[str, str], cores: int, threads: int) -> None:
+    assert cpu_threads(LaunchedAs(launcher, world_size=8, local_world_size=4), env, cores) == threads
+
+
+THREADS = """
+import os, torch
+os.sched_getaffinity = lambda _: set(range(8))
+from dist_finetune.spec import LaunchSpec
+from dist_finetune.world import join_world
+with join_world(LaunchSpec()):
+    os.write(1, f"threads {torch.get_num_threads()}\\n".encode())
+"""
+TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("launch", "env", "threads"),
+    [
+        (TORCHRUN, {}, 4),
+        (TORCHRUN, {"OMP_NUM_THREADS": "1"}, 1),
+        (["accelerate", "launch", "--config_file", str(CPU_CONFIG)], {}, 4),
+        (["deepspeed", "--num_accelerators", "2", "--master_port", "29565"], {}, 4),
+    ],
+    ids=["torchrun", "the user's", "accelerate", "deepspeed"],
+)
+def test_threads_are_the_same_under_every_launcher(
+    tmp_path: Path, launch: list[str], env: dict[str, str], threads: int
+) -> None:
+    """torchrun sets one thread where the user sets none; two ranks of eight cores have four each."""
+    (tmp_path / "show.py").write_text(THREADS)
+    command = [str(PROGRAMS / launch[0]), *launch[1:], str(tmp_path / "show.py")]
+    cpu = {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(**cpu, **env))
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("threads")] == [f"threads {threads}"] * 2
+
+
+# --- network ---------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def ranks_of(code: str, num_ranks: int = 2, **env: str) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of ranks that each believe to be on a machine of their own."""
+    port, fixed = free_port(), {"MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    workers = []
+    for rank in range(num_ranks):
+        names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+        own = environment(**fixed, **{k: str(v) for k, v in names.items()}, **env)
+        workers.append(subprocess.Popen([sys.executable, "-c", code], env=own, text=True, stdout=-1, stderr=-1))
+    try:
+        said = [worker.communicate(timeout=120) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    return [(worker.returncode, out, err) for worker, (out, err) in zip(workers, said, strict=True)]
+
+
+@pytest.mark.dist
+def test_an_interface_that_is_not_there_is_named() -> None:
+    started = time.monotonic()
+    for rank, (code, _, err) in enumerate(ranks_of(JOIN, GLOO_SOCKET_IFNAME="nosuch0")):
+        assert code == 1, err
+        assert f"refused: rank {rank} on {socket.gethostname()} could not connect to the other ranks" in err
+        assert "GLOO_SOCKET_IFNAME=nosuch0 in use, and the network interface to rank 0 is lo (127.0.0.1)" in err
+        assert "Set GLOO_SOCKET_IFNAME" in err
+        assert "Traceback" not in err
+    assert time.monotonic() - started < 60
+
+
+SILENT = """
+import os, time
+from dist_finetune import world
+if os.environ["RANK"] == "1":  # it connects, and then never answers
+    world._check_ranks = lambda _: (time.sleep(12), os._exit(0))
+else:
+    world._check_ranks = lambda _: None
+"""
+
+
+@pytest.mark.dist
+def test_a_first_all_reduce_that_fails_is_told_with_the_interface() -> None:
+    (code, _, err), _ = ranks_of(SILENT + JOIN.replace("=8", "=4"))
+    assert code == 1
+    assert f"refused: rank 0 on {socket.gethostname()}: the first all-reduce failed" in err
+    assert "the network interface to rank 0 is lo (127.0.0.1)" in err
+
+
+TIMEOUTS = """
+import time, torch, torch.distributed as dist
+from dist_finetune.spec import LaunchSpec
+from dist_finetune.world import join_world
+with join_world(LaunchSpec(join_timeout=2, timeout=60)) as world:
+    if world.rank == 1:
+        time.sleep(5)
+    dist.all_reduce(torch.ones(1))
+    print("reduced")
+"""
+
+
+@pytest.mark.dist
+def test_the_short_time_to_join_does_not_count_for_training() -> None:
+    assert [out for _, out, _ in ranks_of(TIMEOUTS)] == ["reduced\n"] * 2
+
+
+HANG = """
+import os, sys, time
+from dist_finetune import doctor, doctor_ranks
+doctor.COLLECTIVE_TIMEOUT_S = 4
+if os.environ["RANK"] == "1":
+    doctor_ranks.all_reduce_finding = lambda world: (time.sleep(15), os._exit(0))
+sys.exit(doctor.examine(None, print))
+"""
+
+
+@pytest.mark.dist
+def test_a_doctor_whose_collective_hangs_says_what_it_found(tmp_path: Path) -> None:
+    (code, out, err), _ = ranks_of(HANG, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert code == 1
+    assert "Traceback" not in err, err
+    assert re.search(r"^ok    ranks +2 ranks by variables", out, re.MULTILINE), out
+    assert re.search(r"^ok    rendezvous", out, re.MULTILINE), out
+    assert re.search(
+        r"^fail  ranks +rank 0 on \S+ could not go on after 'rendezvous': .*\n +-> a rank", out, re.MULTILINE
+    )
+    assert out.splitlines()[-1].startswith("1 to mend")
