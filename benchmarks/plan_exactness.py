@@ -129,9 +129,10 @@ def run_case(spec: Any, world: Any, tables: Any) -> tuple[dict[str, int], dict[s
     from dist_finetune.memory.activations import Alive
     from dist_finetune.memory.held import held_bytes
     from dist_finetune.optim import build_optimizer
-    from dist_finetune.plan import Topology, plan_run
+    from dist_finetune.plan import plan_run
     from dist_finetune.report import Reporter
     from dist_finetune.stage import load_base
+    from dist_finetune.topology import Topology
 
     plan = plan_run(spec, Topology(1, world.world_size, "cpu"), tables, measure=True)
     phase, mine = plan.phases[0], plan.memory[plan.strategy]
@@ -161,8 +162,8 @@ def run_case(spec: Any, world: Any, tables: Any) -> tuple[dict[str, int], dict[s
             real["gradients"] = gradient_bytes(engine)
             engine.step()
         if step == 2:
-            real["peak"] = sum(size for key, size in lasting.items() if key not in older) + alive.peak
-    held = held_bytes(engine)
+            real["peak"] = sum(size for key, size in lasting.items() if key not in older) + alive.peak.at(1)
+    held = held_bytes(engine, "cpu")
     real |= {name: getattr(held, name) for name in STATE_NAMES if name != "gradients"}
     # Adam's step counts lie beside the moments; they are in the plan.
     real["optimizer"] += step_count_bytes(engine)
