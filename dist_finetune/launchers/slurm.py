@@ -274,10 +274,11 @@ trap on_sigterm TERM
 
 # One launcher a node. Its rank is read there: in this shell $SLURM_NODEID is always 0.
 # Told to stop, the first node ends first, which ends the others: rank 0 still has its logs and trackers to close.
+# A SIGTERM after that tells of its end. A node that stayed on would be told again, minutes later, in the next attempt.
 node='
 last_words_s=0
 trap "last_words_s=@LAST_WORDS@" USR1
-trap "[ \$last_words_s -gt 0 ] || last_words_s=@SHORT_WORDS@" TERM
+trap "last_words_s=\$((last_words_s ? 0 : @SHORT_WORDS@))" TERM
 "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"
 code=$?
 [ "$code" -lt 128 ] || code=1

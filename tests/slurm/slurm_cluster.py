@@ -14,6 +14,7 @@ from harness import read_lines
 SCRIPT = Path(__file__).with_name("cluster.sh")
 JOB_TIMEOUT_S = 240
 RELEASE_AFTER_S = 6
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE"}
 
 WriteConfig = Callable[..., Path]
 
@@ -58,12 +59,24 @@ class Cluster:
         """
         deadline, release = time.monotonic() + timeout_s, time.monotonic() + RELEASE_AFTER_S
         while not (found := self.states(job)) or not set(found) <= set(states):
-            assert time.monotonic() < deadline, f"{found} after {timeout_s} s, not {states}:\n{self.call('squeue')}"
+            assert time.monotonic() < deadline, f"{found} after {timeout_s} s, not {states}:\n{self._account(job)}"
+            assert not set(found) & ENDED - set(states), f"{found}, not {states}:\n{self._account(job)}"
             if "PENDING" not in found or "PENDING" in states:
                 release = time.monotonic() + RELEASE_AFTER_S
             elif time.monotonic() > release:
                 self.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
             time.sleep(0.3)
+
+    def _account(self, job: str) -> str:
+        """What SLURM knows of a job, and the ends of its log and of the daemons' logs."""
+        known = self.call("scontrol", "show", "job", job, check=False)
+        logs = [*map(Path, re.findall(r"StdOut=(\S.*)", known)), *sorted((self.folder / "log").glob("*.log"))]
+        ends = [f"== {path}\n{_last_lines(path)}" for path in logs if path.exists()]
+        return "\n".join([self.call("squeue"), known, *ends])
+
+
+def _last_lines(path: Path, num_lines: int = 40) -> str:
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])
 
 
 def losses(run: Path) -> dict[int, float]:

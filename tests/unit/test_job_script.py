@@ -1,5 +1,6 @@
 """What the job script does when it is told to stop, with stand-ins for SLURM's programs; tests/slurm has the real."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -136,3 +137,46 @@ def test_an_attempt_knows_why_the_one_before_ended(tmp_path: Path, line: str, af
     ended(tmp_path, script, signal.SIGUSR1, log=log, SLURM_RESTART_COUNT="1", **saved)
     assert f"attempt 2 of 3: goes on after {after}\n" in log.read_text()
     assert (tmp_path / "bin" / "after").read_text() == f"{after}\n"
+
+
+TORCHRUN = """#!/bin/bash
+trap 'told=1' USR1 TERM
+echo > "$STUBS/torchrun.started"
+while [ -z "$told" ]; do sleep 0.1; done
+sleep 1
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("told", "stays"),
+    [([signal.SIGUSR1], True), ([signal.SIGTERM], True), ([signal.SIGUSR1, signal.SIGTERM], False)],
+)
+def test_another_node_outlasts_the_first_one_and_no_more(
+    tmp_path: Path, told: list[signal.Signals], stays: bool
+) -> None:
+    """SLURM's end of a step tells it that the first node is gone, here while its own torchrun still ends."""
+    programs = stubs(tmp_path / "bin", python=TORCHRUN)
+    node = render_job(job(tmp_path)).split("\nnode='")[1].split("'\n")[0]
+    process = subprocess.Popen(
+        ["bash", "-c", node, str(programs / "python")],
+        env={"PATH": os.environ["PATH"], "SLURM_NODEID": "1", "STUBS": str(programs)},
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while not (programs / "torchrun.started").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for number in told:
+            os.killpg(process.pid, number)
+            time.sleep(0.3)
+        if stays:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=3)
+        else:
+            assert process.wait(timeout=8) == 1
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
