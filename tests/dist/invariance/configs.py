@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from material import FILLERS, TOPICS, Material, write_material, write_sentences, write_task_rows
+from material import FILLERS, TOPICS, Material, write_images, write_material, write_sentences, write_task_rows
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from invariance.cases import GLOBAL_BATCH_SIZE, Case
+from invariance.cases import GLOBAL_BATCH_SIZE, ROWS, Case
 
 NUM_VALIDATION = 13
-"""Rows that are evaluated nine times a run: few, and at 2 and 4 processes not the same number on each."""
+"""Rows that are evaluated five times a run: few, and at 2 and 4 processes not the same number on each."""
 # Equal numbers are claimed where BatchNorm is frozen: which rows share a batch depends on the world size.
 BATCH_NORMS = {
     "resnet": ["conv1.1.*", "conv1.4.*", "bn1.*", "*.bn1.*", "*.bn2.*", "*.bn3.*", "*.downsample.2.*"],
@@ -30,10 +30,12 @@ class Inputs:
 
 def write_inputs(folder: Path) -> Inputs:
     """Writes a 4-block BERT, a small CNN's weights, texts and images into `folder`."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     material = write_material(folder)
     write_sentences(material.validation, NUM_VALIDATION, seed=1)
     write_task_rows(folder / "tasks_validation.jsonl", NUM_VALIDATION, seed=1)
+    write_task_rows(folder / "tasks.jsonl", max(ROWS), seed=0)
+    write_images(material.images, max(ROWS), seed=0)
     bert = folder / "bert4"
     bert.mkdir()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLERS, *(w for topic in TOPICS.values() for w in topic)]
@@ -72,8 +74,8 @@ def config_of(case: Case, inputs: Inputs) -> dict[str, Any]:
         "data": data,
         **_freeze(case.freeze, BATCH_NORMS.get(case.model)),
         "train": {
-            "epochs": 1 if case.freeze == "phases" else 20, "max_steps": changes["steps"],
-            "global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": changes["micro"], "eval_batch_size": 5,
+            **({} if case.freeze == "phases" else {"epochs": 20}), "max_steps": changes["steps"],
+            "global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": changes["micro"], "eval_batch_size": 8,
             "lr": 2e-4 if case.model in ("bert", "bert-tokens") else 5e-5, "precision": "fp32",
         },
         "shard": changes["shard"],

@@ -55,7 +55,7 @@ def _halves(cases: Sequence[Case]) -> list[list[Case]]:
     halves: list[list[Case]] = [[], []]
     for case in cases:
         has_reference = next((half for half in halves if reference_of(case) in half), None)
-        (has_reference or min(halves, key=len)).append(case)
+        (has_reference or min(halves, key=lambda half: sum(c.cost for c in half))).append(case)
     return halves
 
 
