@@ -142,9 +142,7 @@ def _phase_specs(spec: Spec, structure: Structure) -> Sequence[PhaseSpec]:
         if len(set(names)) < len(names):
             raise UserError(f"phases: two phases share a name in {', '.join(names)}; give each its own")
         if train.epochs != TrainSpec().epochs:
-            raise UserError(
-                f"train.epochs: {train.epochs:g} has no effect, each phase has its own epochs; remove it"
-            )
+            raise UserError(f"train.epochs: {train.epochs:g} has no effect, each phase has its own epochs; remove it")
         return spec.phases
     return (PhaseSpec(name="train", freeze=spec.freeze, epochs=train.epochs),)
 

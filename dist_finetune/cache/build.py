@@ -10,11 +10,21 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from dist_finetune.cache.cut import ACTIVATION, Cut, NoCut, NotWorth, find_cut, make_tail, run_prefix
+from dist_finetune.cache.cut import (
+    ACTIVATION,
+    Cut,
+    NoCut,
+    NotWorth,
+    find_cut,
+    make_tail,
+    reads_first_only,
+    run_prefix,
+)
 from dist_finetune.cache.entries import META, cache_root, hash_of, touch
 from dist_finetune.cache.fill import (
     Entry,
     fill_once,
+    has_length,
     layout_for,
     made_layouts,
     num_views,
@@ -60,6 +70,7 @@ def cache_splits(
     train_mode(model, phase.manifest)
     cut = find_cut(model, to_device(probe["inputs"], job.world.device))
     model.eval()
+    cut = replace(cut, reads_first_only=on_first(job.world, lambda: _reads_first_only(job, model, cut, probe)))
     key, source = _key(job, cut, frozen_digests)
     layouts = {name: layout_for(job, cut, rows) for name, rows in job.splits.items()}
     entry = Entry(cache_root(job.plan.spec) / key, source, layouts)
@@ -74,7 +85,8 @@ def cache_splits(
     on_first(job.world, lambda: touch(entry.folder))
     _agreeing_tail(job, model, cut, lambda: cached["train"].first_batch(PROBE_ROWS)["inputs"])
     what = "reused" if is_reused else f"built in {time.perf_counter() - started:.1f} s"
-    job.report.say(f"cache {what}: {entry.num_bytes / 2**20:,.0f} MiB at {cut.at.path}, {entry.folder}")
+    where = f"the first token at {cut.at.path}" if cut.reads_first_only else cut.at.path
+    job.report.say(f"cache {what}: {entry.num_bytes / 2**20:,.0f} MiB of {where}, {entry.folder}")
     return cached, cut
 
 
@@ -119,13 +131,22 @@ def _rows(job: Job, folder: Path, name: str, layout: Layout) -> Rows:
     return replace(rows, dataset=dataset, collate=collate, num_workers=0)
 
 
+def _reads_first_only(job: Job, model: nn.Module, cut: Cut, batch: dict[str, Any]) -> bool:
+    rows, inputs = job.splits["train"], to_device(batch["inputs"], job.world.device)
+    if not isinstance(inputs, dict) or not has_length(rows, cut) or pads_left(rows):
+        return False
+    activation = prefix_of(job, model, cut, batch)
+    with torch.autocast(activation.device.type, torch.bfloat16, enabled=job.plan.precision == "bf16"):
+        return activation.shape[1] > 1 and reads_first_only(model, cut, {**inputs, ACTIVATION: activation})
+
+
 def _fed(job: Job, model: nn.Module, cut: Cut, batch: dict[str, Any]) -> Inputs:
     """What the tail would be given for a batch: its activation, rounded and without padding as the store has it."""
     inputs, stored = to_device(batch["inputs"], job.world.device), TORCH_TYPES[job.plan.spec.cache.dtype]
     activation = prefix_of(job, model, cut, batch).to(stored).float()
     if not isinstance(inputs, dict):
         return activation
-    if activation.dim() > 2:
+    if activation.dim() > 2 and not cut.reads_first_only:
         mask = inputs["attention_mask"].bool()
         activation = activation * mask.view(*mask.shape, *(1 for _ in activation.shape[2:]))
     return {**inputs, ACTIVATION: activation}
@@ -173,6 +194,7 @@ def _key(job: Job, cut: Cut, frozen_digests: dict[str, str]) -> tuple[str, dict[
         "format": FORMAT,
         "prefix": hash_of(sorted((name, frozen_digests.get(name)) for name in cut.dropped)),
         "cut": cut.at.path,
+        "positions": "first" if cut.reads_first_only else "all",
         "data": job.plan.data.fingerprint,
         "encoded": encoded,
         "precision": job.plan.precision,

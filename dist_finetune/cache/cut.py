@@ -47,6 +47,19 @@ class Cut:
     """Frozen modules that the tail can do without."""
     dropped: tuple[str, ...]
     """Names of the parameters and buffers that the tail does not hold."""
+    reads_first_only: bool = False
+    """True where the tail reads nothing of a text's activation but its first position, as heads on [CLS] do. No other
+    is stored then: a text of T tokens takes a T-th of the bytes."""
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of a stored row: (T, ...) of the traced batch, (1, ...) where one position is all that is read."""
+        shape = self.at.shape[1:]
+        return (1, *shape[1:]) if self.reads_first_only else shape
+
+    def read_part(self, activation: torch.Tensor) -> torch.Tensor:
+        """What the tail reads of an activation (B, ...)."""
+        return activation[:, :1] if self.reads_first_only else activation
 
 
 @dataclass(frozen=True)
@@ -128,6 +141,22 @@ def make_tail(model: nn.Module, cut: Cut) -> Callable[[], None]:
             model.set_submodule(path, module)
 
     return undo
+
+
+def reads_first_only(model: nn.Module, cut: Cut, inputs: dict[str, torch.Tensor]) -> bool:
+    """Whether the logits of a text model depend on the first position of the activation alone. Not-a-number at all
+    others would show in them, whatever the weights are. `inputs` hold the activation, (B, T, ...) with T > 1."""
+    poisoned = inputs[ACTIVATION].clone()
+    poisoned[:, 1:] = float("nan")
+    undo = make_tail(model, cut)
+    try:
+        with torch.inference_mode():
+            logits = forward_logits(model, {**inputs, ACTIVATION: poisoned})
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+        return False  # the tail can't run alone, as will be said where it is compared with the whole model
+    finally:
+        undo()
+    return bool(logits.isfinite().all())
 
 
 class _Reached(Exception):

@@ -188,7 +188,7 @@ def _fill(job: Job, model: nn.Module, cut: Cut, rows: Rows, writer: ShardWriter)
         activation = prefix_of(job, model, cut, batch).cpu()
         for i, index in enumerate(ids):
             row = activation[i]
-            if _has_length(rows, cut):
+            if has_length(rows, cut):
                 assert rows.lengths is not None
                 row = row[-rows.lengths[index] :] if pads_left(rows) else row[: rows.lengths[index]]
             writer.write(index, row)
@@ -197,9 +197,9 @@ def _fill(job: Job, model: nn.Module, cut: Cut, rows: Rows, writer: ShardWriter)
 
 
 def prefix_of(job: Job, model: nn.Module, cut: Cut, batch: dict[str, Any]) -> torch.Tensor:
-    """The activation of a batch at the cut, fp32, (B, ...), in the job's precision."""
+    """What the tail reads of a batch's activation at the cut, fp32, (B, ...), in the job's precision."""
     with torch.autocast(job.world.device.type, torch.bfloat16, enabled=job.plan.precision == "bf16"):
-        return run_prefix(model, cut, to_device(batch["inputs"], job.world.device)).float()
+        return cut.read_part(run_prefix(model, cut, to_device(batch["inputs"], job.world.device))).float()
 
 
 def _passes(job: Job, rows: Rows) -> list[NDArray[np.int64]]:
@@ -213,8 +213,8 @@ def _passes(job: Job, rows: Rows) -> list[NDArray[np.int64]]:
 
 def layout_for(job: Job, cut: Cut, rows: Rows) -> Layout:
     """How the activations of a split lie in files that the ranks of this job write."""
-    shape, size = cut.at.shape[1:], job.world.world_size
-    lengths = rows.lengths if _has_length(rows, cut) else None
+    shape, size = cut.row_shape, job.world.world_size
+    lengths = rows.lengths if has_length(rows, cut) else None
     piece = shape[1:] if lengths is not None else shape
     num_rows = rows.num_rows * num_views(job, rows)
     shard_of = np.zeros(num_rows, np.uint16)
@@ -228,9 +228,9 @@ def num_views(job: Job, rows: Rows) -> int:
     return (job.plan.spec.cache.views or 1) if rows.pass_epoch else 1
 
 
-def _has_length(rows: Rows, cut: Cut) -> bool:
-    """True where an activation has one piece a token: (B, T, ...) of a text model."""
-    return rows.lengths is not None and len(cut.at.shape) > 2
+def has_length(rows: Rows, cut: Cut) -> bool:
+    """True where a row has one piece a token: (T, ...) of a text model."""
+    return rows.lengths is not None and len(cut.at.shape) > 2 and not cut.reads_first_only
 
 
 def pads_left(rows: Rows) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from harness import STRATEGIES, Job, Run, RunJobs, finish, read_json, write_config
-from material import Material, write_sentences
+from material import NUM_TRAIN, NUM_VALIDATION, Material, write_sentences
 
 from dist_finetune.cache.tokens import STORE_FROM_ROWS
 
@@ -43,6 +43,8 @@ def pairs(material: Material, runs: RunJobs, shared_cache: Path) -> dict[str, Ru
         Job(f"phases-{mode}", {**plain, "phases": PHASES, "shard": {"strategy": "zero2"}, "cache": mode})
         for mode in ("off", "auto")
     ]
+    all_blocks = material.text(freeze={"embeddings": True, "layers": "all"}, shard={"strategy": "ddp"})
+    jobs += [Job(f"first-{mode}", {**all_blocks, "cache": mode}) for mode in ("off", "on")]
     half = {"mode": "on", "dtype": "bf16"}
     jobs.append(Job("text-bf16", {**material.text(), "shard": {"strategy": "ddp"}, "cache": half}))
     jobs.append(Job("two", elsewhere(material, shared_cache)))
@@ -111,6 +113,14 @@ def test_bf16_halves_the_store_and_stays_within_its_tolerance(pairs: dict[str, R
     assert losses != whole.series("train/loss")
     assert losses == pytest.approx(plain.series("train/loss"), rel=BF16_TOLERANCE)
     assert stored_bytes(half) * 2 == stored_bytes(whole) > 0
+
+
+def test_of_a_head_on_the_first_token_no_other_is_stored(pairs: dict[str, Run]) -> None:
+    plain, cached = pairs["first-off"], pairs["first-on"]
+    assert "of the first token at bert.encoder.layer.2" in log_of(cached)
+    assert cached.series("train/loss") == pytest.approx(plain.series("train/loss"), rel=1e-6)
+    assert cached.series("eval/accuracy") == plain.series("eval/accuracy")
+    assert stored_bytes(cached) == (NUM_TRAIN + NUM_VALIDATION) * 32 * 4, "rows of 32 fp32 numbers"
 
 
 def test_a_second_run_reuses_what_the_first_stored(pairs: dict[str, Run]) -> None:

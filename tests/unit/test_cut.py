@@ -1,12 +1,14 @@
 """Cutting a model above its frozen prefix: the tail, fed the stored activation, gives the whole model's logits."""
 
 import copy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from dist_finetune.cache.cut import ACTIVATION, NoCut, find_cut, make_tail, run_prefix
+from dist_finetune.cache.cut import ACTIVATION, NoCut, find_cut, make_tail, reads_first_only, run_prefix
 from dist_finetune.freeze import Manifest, apply_freeze, compile_freeze, train_mode
 from dist_finetune.models.sources import build_model, describe_model, forward_logits
 from dist_finetune.models.structure import structure_of
@@ -77,6 +79,49 @@ def test_trainable_parameters_get_the_whole_models_gradients() -> None:
     for name, parameter in tail.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, whole[name].grad)
+
+
+class MeanOfTokens(nn.Module):
+    """A head on the mean of what a frozen embedding gives, with all its weights zero at the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(1000, 4).requires_grad_(False).eval(), nn.Linear(4, 2)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        states = self.embedding(input_ids) * attention_mask[..., None]
+        return SimpleNamespace(logits=self.head(states.sum(1) / attention_mask.sum(1, keepdim=True)))
+
+
+@pytest.mark.parametrize(("layers", "first_only"), [("all", True), ("0-4", False)])
+def test_a_tail_that_reads_the_first_position_only_is_fed_no_other(layers: str, first_only: bool) -> None:
+    """Seen also where the last layer's weights are zeros, which let no change through."""
+    model, manifest, inputs = frozen_model("demo:minilm", {"embeddings": True, "layers": layers})
+    assert isinstance(inputs, dict)
+    train_mode(model, manifest)
+    cut = find_cut(model, inputs)
+    model.eval()
+    activation, names = run_prefix(model, cut, inputs).clone(), list(model.state_dict())
+    weight = model.get_parameter("classifier.weight")
+    trained = weight.detach().clone()
+    nn.init.zeros_(weight)
+    assert reads_first_only(model, cut, {**inputs, ACTIVATION: activation}) == first_only
+    assert list(model.state_dict()) == names, "the model is as it was"
+    weight.data.copy_(trained)
+    cut = replace(cut, reads_first_only=first_only)
+    part = cut.read_part(activation)
+    assert part.shape == (3, *cut.row_shape) == (3, 1 if first_only else 9, 384)
+    whole = forward_logits(model, inputs)
+    make_tail(model, cut)
+    torch.testing.assert_close(forward_logits(model, {**inputs, ACTIVATION: part}), whole, rtol=0, atol=1e-6)
+
+
+def test_a_head_on_the_mean_reads_all_positions_also_with_zeros_for_weights() -> None:
+    model = MeanOfTokens()
+    inputs = {"input_ids": torch.randint(5, 1000, (3, 9)), "attention_mask": torch.ones(3, 9)}
+    cut = find_cut(model, inputs)
+    assert not reads_first_only(model, cut, {**inputs, ACTIVATION: run_prefix(model, cut, inputs).clone()})
 
 
 def test_undo_gives_the_model_back() -> None:
