@@ -92,8 +92,11 @@ def write_material(folder: Path) -> None:
 
 def cases(quick: bool) -> Iterator[tuple[str, str, str]]:
     """(model, freeze, precision)."""
-    models = ("bert", CNNS[0]) if quick else (*BERTS, *CNNS)
-    yield from itertools.product(models, ("none", "stem+1") if quick else FREEZES, PRECISIONS)
+    if quick:
+        for model in ("bert", CNNS[0]):
+            yield from ((model, "none", "bf16"), (model, "stem+1", "fp32"))
+    else:
+        yield from itertools.product((*BERTS, *CNNS), FREEZES, PRECISIONS)
 
 
 def spec_of(folder: Path, model: str, freeze: str, precision: str, strategy: str, world_size: int) -> Any:
@@ -279,7 +282,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
-    parser.add_argument("--quick", action="store_true", help="two models and two freezes")
+    parser.add_argument("--quick", action="store_true", help="two models, each by two freezes and precisions")
     parser.add_argument("--json", help="write all rows to this file")
     parser.add_argument("--timeout", type=float, default=3000, help="seconds for each world size")
     parser.add_argument("--material", help=argparse.SUPPRESS)

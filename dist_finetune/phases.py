@@ -141,8 +141,6 @@ def _phase_specs(spec: Spec, structure: Structure) -> Sequence[PhaseSpec]:
         names = [phase.name for phase in spec.phases]
         if len(set(names)) < len(names):
             raise UserError(f"phases: two phases share a name in {', '.join(names)}; give each its own")
-        if train.epochs != TrainSpec().epochs:
-            raise UserError(f"train.epochs: {train.epochs:g} has no effect, each phase has its own epochs; remove it")
         return spec.phases
     return (PhaseSpec(name="train", freeze=spec.freeze, epochs=train.epochs),)
 

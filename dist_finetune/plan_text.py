@@ -9,6 +9,7 @@ from dist_finetune.lint import below, first_trainable_part
 from dist_finetune.memory.state import BF16_BYTES, FP32_BYTES
 from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
+from dist_finetune.spec import TrainSpec
 from dist_finetune.tasks.names import outputs_in_words
 
 
@@ -77,6 +78,9 @@ def plan_notes(plan: Plan) -> list[str]:
             *plan.structure.notes,
             "task: features: no layer is trained; each row is run through the model once, then heads are fitted",
         ]
+    given = plan.spec.train.epochs
+    if plan.spec.phases and not isinstance(plan.spec.phases, str) and given != TrainSpec().epochs:
+        notes.append(f"train.epochs: {given:g} has no effect: each phase has its own epochs")
     replicated = replication_note(plan)
     return list(dict.fromkeys([*notes, replicated] if replicated else notes))
 

@@ -21,6 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parents[2]
+COMMAND = Path(__file__).with_name("command.py")
 WORKER = Path(__file__).with_name("worker.py")
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 MATRIX = ((1, "ddp"), (1, "zero2"), *((2, strategy) for strategy in STRATEGIES))
@@ -157,6 +158,13 @@ def run_ranks(
         pytest.fail(f"{script.name} took more than {timeout_s} s, or was killed\n{out[-3000:]}\n{err[-3000:]}")
     status = int((folder / "ranks.status").read_text(encoding="utf-8"))
     return subprocess.CompletedProcess([str(script)], status, *_written(folder))
+
+
+def command(
+    *words: object, folder: Path, num_processes: int = 1, timeout_s: float = 200
+) -> subprocess.CompletedProcess[str]:
+    """Runs `dist-finetune WORDS` in `folder` as the ranks of one job, with the imports paid already."""
+    return run_ranks(num_processes, COMMAND, words, timeout_s, folder)
 
 
 def _written(folder: Path) -> tuple[str, str]:

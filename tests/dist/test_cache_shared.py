@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import REPOSITORY, Job, Run, RunJobs, clean_environment, finish, torchrun, write_config
+from harness import REPOSITORY, Job, Run, RunJobs, clean_environment, run_ranks, write_config
 from material import Material
 
 pytestmark = pytest.mark.dist
@@ -115,7 +115,7 @@ def test_nodes_with_a_disk_of_their_own_each_are_told(material: Material, tmp_pa
     path = write_config(tmp_path / "own.yaml", material.text(shard={"strategy": "ddp"}), **more)
     script = tmp_path / "own.py"
     script.write_text(OWN_DISKS, encoding="utf-8")
-    done = finish([*torchrun(2), str(script), str(path)], 200, tmp_path)
+    done = run_ranks(2, script, [path], 200, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     told = logs_of(tmp_path)["own"]
     assert "note: no cache: mine is not the same disk for all processes" in told

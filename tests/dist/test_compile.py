@@ -22,7 +22,8 @@ pytestmark = [
 @pytest.mark.parametrize(
     ("kind", "num_processes", "ways"),
     [
-        ("text", 1, ["fsdp"]),  # each process compiles for itself, for a minute or two
+        # each process compiles for itself, for a minute or two
+        pytest.param("text", 1, ["fsdp"], marks=pytest.mark.slow),
         pytest.param("text", 2, ["ddp", "zero2", "fsdp", "recomputed"], marks=pytest.mark.slow),
         pytest.param("image", 2, ["ddp", "zero2", "fsdp"], marks=pytest.mark.slow),
     ],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from harness import Job, Run, RunJobs, finish, read_json, torchrun, write_config
+from harness import Job, Run, RunJobs, command, finish, read_json, write_config
 from material import NUM_IMAGES, NUM_TRAIN, NUM_VALIDATION, NUM_VALIDATION_IMAGES, Material
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -117,8 +117,7 @@ def test_extraction_goes_on_where_it_stopped_at_another_world_size(material: Mat
     config = write_config(
         tmp_path / "c.yaml", material.text(**FEATURES, **BATCH, features=options), output=str(tmp_path / "runs")
     )
-    command = [*torchrun(2), "-m", "dist_finetune", "train", str(config)]
-    assert finish(command, 200, tmp_path).returncode == 0
+    assert command("train", config, folder=tmp_path, num_processes=2).returncode == 0
     folder = tmp_path / "runs" / "c"
     store = Path(read_json(folder / "summary.json")["features"])
     shards = sorted((store / "train").iterdir())
@@ -129,14 +128,14 @@ def test_extraction_goes_on_where_it_stopped_at_another_world_size(material: Mat
     (folder / "summary.json").unlink()  # as if it had been killed
     shards[3].unlink()
     shards[7].write_bytes(shards[7].read_bytes()[:-100])
-    done = finish([sys.executable, "-m", "dist_finetune", "train", str(config)], 200, tmp_path)
+    done = command("train", config, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     changed = [path for path in shards if path.stat().st_mtime_ns != stamps[path]]
     assert changed == [shards[3], shards[7]]
     assert read_json(folder / "summary.json")["extracted_rows"] == sum(len(before[i]["ids"]) for i in (3, 7))
     after = [load_file(path) for path in shards]
     assert all(torch.equal(a[name], b[name]) for a, b in zip(after, before, strict=True) for name in b)
-    again = finish([sys.executable, "-m", "dist_finetune", "train", str(config)], 200, tmp_path)
+    again = command("train", config, folder=tmp_path)
     assert "is finished" in again.stdout
 
 
@@ -150,8 +149,8 @@ def test_extraction_stops_at_its_time_limit_and_is_resumed(material: Material, t
     assert done.returncode == 75, done.stderr[-3000:]
     assert read_json(folder / "summary.json")["status"] == "stopped"
     assert "launch.time_limit" in read_json(folder / "summary.json")["message"]
-    command = [sys.executable, "-m", "dist_finetune", "resume", str(folder), "launch.time_limit=null"]
-    done = finish(command, 200, tmp_path)
+    resume = [sys.executable, "-m", "dist_finetune", "resume", str(folder), "launch.time_limit=null"]
+    done = finish(resume, 200, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 0 < read_json(folder / "summary.json")["extracted_rows"] < NUM_TRAIN + NUM_VALIDATION
 
@@ -176,10 +175,10 @@ def test_features_and_advise_take_any_training_config_as_it_is(material: Materia
     only_training = {"freeze": "backbone", "cache": {"mode": "on", "views": 2}, "output": str(tmp_path / "runs")}
     base = material.image(**BATCH, features={"at": ["head"]}, data={"augment": True})
     config = write_config(tmp_path / "c.yaml", base | only_training)
-    command = [sys.executable, "-m", "dist_finetune", "features", str(config), "--processes", "2"]
-    done = finish(command, 200, tmp_path)
+    extract = [sys.executable, "-m", "dist_finetune", "features", str(config), "--processes", "2"]
+    done = finish(extract, 200, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    advised = finish([sys.executable, "-m", "dist_finetune", "advise", str(config)], 200, tmp_path)
+    advised = command("advise", config, folder=tmp_path)
     assert advised.returncode == 0, advised.stderr[-3000:]
     ready = load_spec(tmp_path / "runs" / "c-advise" / "advice.yaml")
     assert ready.freeze.is_none()
@@ -192,8 +191,7 @@ def test_features_and_advise_take_any_training_config_as_it_is(material: Materia
 def test_strategy_auto_measures_once_and_trains_by_it(material: Material, tmp_path: Path) -> None:
     base: dict[str, Any] = material.text(strategy="auto", freeze="none")
     config = write_config(tmp_path / "c.yaml", base, output=str(tmp_path / "runs"))
-    command = [*torchrun(2), "-m", "dist_finetune", "train", str(config)]
-    done = finish(command, 300, tmp_path)
+    done = command("train", config, folder=tmp_path, num_processes=2, timeout_s=300)
     assert done.returncode == 0, done.stderr[-3000:]
     advice = read_json(tmp_path / "runs" / "c-advise" / "advice.json")
     assert advice["verdict"]["situation"].startswith("small")
@@ -201,7 +199,7 @@ def test_strategy_auto_measures_once_and_trains_by_it(material: Material, tmp_pa
     assert read_json(tmp_path / "runs" / "c" / "summary.json")["status"] == "finished"
     assert load_spec(tmp_path / "runs" / "c" / "config.yaml").strategy is None
     shutil.rmtree(tmp_path / "runs" / "c")
-    again = finish(command, 300, tmp_path)
+    again = command("train", config, folder=tmp_path, num_processes=2, timeout_s=300)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "goes by" in again.stdout
     assert "probing" not in again.stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import MATRIX, Matrix, Run, finish, torchrun
+from harness import MATRIX, Matrix, Run, command, finish
 from material import NUM_VALIDATION, Material
 from safetensors.torch import load_file
 
@@ -110,8 +110,7 @@ def test_predictions_are_the_softmax_of_the_logits_that_the_run_saved(
 
 def test_two_processes_evaluate_together(matrix: Matrix, tmp_path: Path) -> None:
     run = matrix.text["2-zero2"]
-    command = [*torchrun(2), "-m", "dist_finetune", "evaluate", str(run.folder), "--json"]
-    done = finish(command, 120, tmp_path)
+    done = command("evaluate", run.folder, "--json", folder=tmp_path, num_processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert (found["world_size"], found["num_rows"]) == (2, NUM_VALIDATION)

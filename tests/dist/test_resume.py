@@ -176,7 +176,9 @@ def several_groups(material: Material, strategy: str) -> dict[str, Any]:
     return material.text(train=train, checkpoint={"every": "4 steps"}, shard={"strategy": strategy})
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_processes", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_other_world_sizes_and_strategies(
     half_way: dict[str, Run], material: Material, resume: Resume, num_processes: int, tmp_path: Path
 ) -> None:

@@ -63,7 +63,9 @@ def check_stopped(
     return step
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGUSR1]
+)
 def test_run_stops_on_a_signal_and_goes_on(
     make_config: Callable[..., Path], material: Material, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -196,7 +198,7 @@ def test_a_failed_rank_ends_all_with_its_own_words_last(
         (tmp_path / "out.txt").unlink()
 
 
-@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "launcher"])
+@pytest.mark.parametrize("victim", ["rank 0", pytest.param("rank 1", marks=pytest.mark.slow), "launcher"])
 def test_a_killed_process_ends_all(
     make_config: Callable[..., Path], material: Material, tmp_path: Path, victim: str
 ) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import STRATEGIES, finish, read_json, torchrun, write_config
+from harness import STRATEGIES, read_json, run_ranks, write_config
 from material import Material
 
 pytestmark = pytest.mark.dist
@@ -29,7 +29,7 @@ def ranks(
     folder = tmp_path_factory.mktemp("traffic")
     config = material.text(train={"micro_batch_size": request.param}, cache="off")
     path = write_config(folder / "traffic.yaml", config, output=str(folder / "runs"))
-    done = finish([*torchrun(WORLD_SIZE), str(WORKER), str(path), str(folder / "sent.json"), *STRATEGIES], 400, folder)
+    done = run_ranks(WORLD_SIZE, WORKER, [path, folder / "sent.json", *STRATEGIES], 400, folder)
     assert done.returncode == 0, done.stderr[-5000:]
     return [read_json(folder / f"sent.json.{rank}") for rank in range(WORLD_SIZE)]
 

@@ -4,7 +4,7 @@ import sys
 import time
 
 import pytest
-from harness import Job, Run, RunJobs, finish, torchrun, write_config
+from harness import Job, Run, RunJobs, finish, run_ranks, write_config
 from material import Material
 
 pytestmark = pytest.mark.dist
@@ -84,8 +84,7 @@ def test_accelerate_must_see_the_same_world(material: Material, tmp_path, strate
     """Two processes that take themselves for worlds of one would train apart (accelerate#1795)."""
     (tmp_path / "code.py").write_text(ACCELERATOR)
     config = write_config(tmp_path / "c.yaml", material.text(), output=str(tmp_path / "runs"))
-    command = [*torchrun(2), str(tmp_path / "code.py"), str(config), strategy, str(tmp_path / "said")]
-    done = finish(command, 200, tmp_path)
+    done = run_ranks(2, tmp_path / "code.py", [config, strategy, tmp_path / "said"], 200, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         said = (tmp_path / f"said.{rank}").read_text()
@@ -116,7 +115,7 @@ with join_world(launch) as world:
 
 def test_slow_files_are_no_hang_and_a_slow_step_is(tmp_path) -> None:
     (tmp_path / "code.py").write_text(SLOW_FILES)
-    finish([*torchrun(2), str(tmp_path / "code.py"), str(tmp_path / "said")], 100, tmp_path)
+    run_ranks(2, tmp_path / "code.py", [tmp_path / "said"], 100, tmp_path)
     assert "imed out" in (tmp_path / "said.0").read_text()
 
 

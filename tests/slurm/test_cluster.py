@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import finish, read_json, read_lines, torchrun
+from harness import command, read_json, read_lines
 from slurm_cluster import SCRIPT, Cluster, WriteConfig, losses, wait_until
 
 pytestmark = pytest.mark.slurm
@@ -28,7 +28,7 @@ Straight = Callable[[Path], dict[int, float]]
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
-    """Losses of the same run by torchrun on this machine, never interrupted; runs that differ in the name are one."""
+    """Losses of the same run by two processes here, never interrupted; runs that differ in the name are one."""
     found: dict[str, dict[int, float]] = {}
 
     def train(config: Path) -> dict[int, float]:
@@ -36,8 +36,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
         key = json.dumps(content, sort_keys=True)
         if key not in found:
             folder = tmp_path_factory.mktemp("straight")
-            command = [*torchrun(2), "-m", "dist_finetune", "train", str(config), "name=straight", "track.wandb=off"]
-            done = finish(command, 240, folder)
+            words = ("train", config, "name=straight", "track.wandb=off")
+            done = command(*words, folder=folder, num_processes=2, timeout_s=240)
             assert done.returncode == 0, done.stderr[-3000:]
             found[key] = losses(folder / "runs" / "straight")
         return found[key]

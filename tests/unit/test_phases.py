@@ -94,10 +94,6 @@ def test_lp_ft_probes_first_and_then_keeps_the_configs_freeze() -> None:
             "share a name",
         ),
         (
-            {"phases": [{"name": "a", "freeze": "backbone", "epochs": 1}], "train": {"epochs": 5}},
-            "train.epochs: 5 has no effect, each phase has its own epochs",
-        ),
-        (
             {"phases": [{"name": "a", "freeze": {"layers": "9"}, "epochs": 1}]},
             "phases.0 (a): freeze: 1 problem",
         ),

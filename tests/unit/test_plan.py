@@ -315,3 +315,11 @@ for config, names in (({str(digits)!r}, ["transformers", *unneeded]), ({str(fold
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("unneeded: []") == 2, done.stdout
     assert done.stdout.endswith("left aside at the end: True\n")
+
+
+def test_epochs_beside_phases_that_have_their_own_are_noted(folder: Path) -> None:
+    phases = [{"name": "head", "freeze": "backbone", "epochs": 1}]
+    said = "train.epochs: 5 has no effect: each phase has its own epochs"
+    given, left_out = (spec_of(folder, freeze="none", phases=phases, train=train) for train in ({"epochs": 5}, {}))
+    assert said in plan_notes(make_plan(given, gpus(1, None)))
+    assert not any("train.epochs" in note for note in plan_notes(make_plan(left_out, gpus(1, None))))
