@@ -172,6 +172,13 @@ def _written(folder: Path) -> tuple[str, str]:
     return out, err
 
 
+def free_port() -> int:
+    """A port of this machine at which nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
 def torchrun(num_processes: int) -> list[str]:
     return [
         sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", "--master-port=0",

@@ -11,7 +11,7 @@ from invariance.cases import FREEZES, MODELS, ROWS, STRATEGIES, WORLD_SIZES, Cas
 from invariance.compare import TOLERANCES, Outcome, beyond, compare
 from invariance.suite import run_cases
 
-NUM_FEW, NUM_PAIRWISE = 30, 140
+NUM_FEW, NUM_PAIRWISE = 24, 140
 
 
 def _check(cases: list[Case], folder: Path, timeout_s: float, num_gpus: int = 0) -> None:
@@ -22,8 +22,6 @@ def _check(cases: list[Case], folder: Path, timeout_s: float, num_gpus: int = 0)
     assert {result.case for result in compared} >= {case for case in cases if case.strategy != "ddp"}
 
 
-@pytest.mark.slow  # the cover below has all its values
-@pytest.mark.dist
 def test_a_few_ways_at_one_and_two_processes(tmp_path: Path) -> None:
     _check(few(NUM_FEW), tmp_path, 900)
 

@@ -6,25 +6,18 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from harness import Run, clean_environment, finish, torchrun, write_config
+from harness import Run, clean_environment, finish, free_port, torchrun, write_config
 from material import Material
 
 pytestmark = pytest.mark.dist
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 WORKER = ["-m", "dist_finetune", "train"]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def config(material: Material, folder: Path, name: str) -> Path:
