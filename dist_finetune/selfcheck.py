@@ -66,11 +66,11 @@ def check_config(
 
     Raises UserError for a config that can't be compared, TrainingError where a run fails, with its last words.
     """
+    spec = load_spec(config, list(overrides))
     available = count_gpus()
     num_processes = gpus or processes or available or 2
     if num_processes < 2:
         raise UserError("selfcheck compares one process with several; give --processes 2 or more")
-    spec = load_spec(config, list(overrides))
     _refuse(spec)
     Path(spec.output).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".selfcheck-", dir=spec.output) as folder:

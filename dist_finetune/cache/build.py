@@ -12,6 +12,7 @@ from torch import nn
 
 from dist_finetune.cache.cut import (
     ACTIVATION,
+    CANNOT_RUN_ALONE,
     Cut,
     NoCut,
     NotWorth,
@@ -38,6 +39,7 @@ from dist_finetune.cache.worth import SAVED_S, SLOW_DISK, Worth, disk_speed, set
 from dist_finetune.data.loading import Rows
 from dist_finetune.data.text import TextRows
 from dist_finetune.engine.base import Inputs
+from dist_finetune.engine.precision import bf16_of
 from dist_finetune.evaluate import to_device
 from dist_finetune.freeze import train_mode
 from dist_finetune.job import Job
@@ -136,7 +138,7 @@ def _reads_first_only(job: Job, model: nn.Module, cut: Cut, batch: dict[str, Any
     if not isinstance(inputs, dict) or not has_length(rows, cut) or pads_left(rows):
         return False
     activation = prefix_of(job, model, cut, batch)
-    with torch.autocast(activation.device.type, torch.bfloat16, enabled=job.plan.precision == "bf16"):
+    with bf16_of(job.plan):
         return activation.shape[1] > 1 and reads_first_only(model, cut, {**inputs, ACTIVATION: activation})
 
 
@@ -161,13 +163,13 @@ def _agreeing_tail(job: Job, model: nn.Module, cut: Cut, tail_inputs: Callable[[
     def compare() -> None:
         batch = job.splits["train"].first_batch(PROBE_ROWS)
         whole_inputs, fed = to_device(batch["inputs"], device), to_device(tail_inputs(), device)
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.inference_mode(), bf16_of(job.plan):
             # padding has logits of its own where words are tagged; nothing reads them, and none are stored
             whole, _ = counted(forward_logits(model, whole_inputs).float().cpu(), batch["labels"])
             undo.append(make_tail(model, cut))
             try:
                 tail, _ = counted(forward_logits(model, fed).float().cpu(), batch["labels"])
-            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+            except CANNOT_RUN_ALONE as error:
                 raise NoCut(f"cut after {cut.at.path}, the rest can't run alone: {_first_line(error)}") from None
         difference = ((whole - tail).abs().max() / whole.abs().max().clamp(min=1e-12)).item()
         is_coarse = "bf16" in (precision, job.plan.spec.cache.dtype)

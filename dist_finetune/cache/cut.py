@@ -18,6 +18,8 @@ from dist_finetune.errors import DistFinetuneError
 from dist_finetune.models.sources import forward_logits
 
 ACTIVATION = "activation"  # key of the stored activation among the inputs of a text batch
+CANNOT_RUN_ALONE = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
+"""What a tail may raise whose forward needs more of the model than the activation at the cut."""
 
 
 class NoCut(DistFinetuneError):
@@ -152,7 +154,7 @@ def reads_first_only(model: nn.Module, cut: Cut, inputs: dict[str, torch.Tensor]
     try:
         with torch.inference_mode():
             logits = forward_logits(model, {**inputs, ACTIVATION: poisoned})
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+    except CANNOT_RUN_ALONE:
         return False  # the tail can't run alone, as will be said where it is compared with the whole model
     finally:
         undo()

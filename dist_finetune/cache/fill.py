@@ -20,6 +20,7 @@ from dist_finetune.cache.store import Layout, ShardWriter, write_layout
 from dist_finetune.cache.turns import LostTurn, Queue, Turn
 from dist_finetune.data.batches import cut_rows
 from dist_finetune.data.loading import Rows
+from dist_finetune.engine.precision import bf16_of
 from dist_finetune.evaluate import to_device
 from dist_finetune.job import Job
 from dist_finetune.run_folder import write_json
@@ -198,7 +199,7 @@ def _fill(job: Job, model: nn.Module, cut: Cut, rows: Rows, writer: ShardWriter)
 
 def prefix_of(job: Job, model: nn.Module, cut: Cut, batch: dict[str, Any]) -> torch.Tensor:
     """What the tail reads of a batch's activation at the cut, fp32, (B, ...), in the job's precision."""
-    with torch.autocast(job.world.device.type, torch.bfloat16, enabled=job.plan.precision == "bf16"):
+    with bf16_of(job.plan):
         return cut.read_part(run_prefix(model, cut, to_device(batch["inputs"], job.world.device))).float()
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dist_finetune.cli.options import Config, Fresh, Gpus, Overrides, Processes, load
+from dist_finetune.cli.options import Config, Fresh, Gpus, Overrides, Processes, RunFolder, load
 from dist_finetune.errors import UserError
 from dist_finetune.launchers.environment import refuse_run_in_many, world_from_environment
 from dist_finetune.launchers.local import count_gpus, launch_local, num_workers
@@ -31,7 +31,7 @@ def run(
 
 
 def resume(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)],
+    run_folder: RunFolder,
     overrides: Overrides = None,
     gpus: Gpus = None,
     processes: Processes = None,
@@ -124,7 +124,6 @@ def selfcheck(
     """Train a config's first steps on one process and on several, and say whether the numbers are the same."""
     from dist_finetune.selfcheck import check_config
 
-    load(config, overrides)
     found = check_config(config, overrides or (), gpus, processes, steps)
     typer.echo(found.lines())
     raise typer.Exit(0 if found.parted is None else 1)

@@ -75,7 +75,7 @@ def submit(
         dry_run=dry_run,
         fresh=fresh,
     )
-    load(config, overrides)
+    load(config, overrides)  # a wrong config is told before the seconds of imports that a plan takes
     from dist_finetune.submit import submit as submit_job
 
     submit_job(config, overrides or (), request, typer.echo)

@@ -29,6 +29,11 @@ def autocast_in(precision: Literal["fp32", "bf16", "fp16"], device: str) -> Call
     return functools.partial(torch.autocast, device, dtype, enabled=is_mixed)
 
 
+def bf16_of(plan: Plan) -> AbstractContextManager[Any]:
+    """What passes outside an engine run in: bf16 where the run trains in it, else fp32 (also beside fp16)."""
+    return autocast_in("bf16" if plan.precision == "bf16" else "fp32", plan.topology.device)()
+
+
 class LossScale:
     """Scales the loss in fp16, whose smallest numbers gradients fall below. Halves after gradients that overflowed,
     whose step is left out at every rank, and doubles after `GROWTH_STEPS` good ones. 1 at other precisions, where

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dist_finetune.engine.base import Inputs
+from dist_finetune.engine.precision import bf16_of
 from dist_finetune.errors import TrainingError
 from dist_finetune.evaluate import to_device
 from dist_finetune.features.depths import head_linear
@@ -95,6 +96,5 @@ def _compare(job: FeatureJob, model: nn.Module, fit: HeadFit, split: str) -> Agr
 
 
 def _logits(job: FeatureJob, model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    autocast = torch.autocast(job.world.device.type, torch.bfloat16, enabled=job.plan.precision == "bf16")
-    with torch.inference_mode(), autocast:
+    with torch.inference_mode(), bf16_of(job.plan):
         return forward_logits(model, to_device(inputs, job.world.device)).double().cpu()

@@ -4,15 +4,14 @@ For each strategy this opens the run's stage as `run.train` does and writes to R
 this rank updates, the counts that the engine states, and whether its check refuses the manifest of another freeze.
 """
 
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from dist_finetune.cli import leave_at_once
+from by_strategy import write_found
+
 from dist_finetune.engine.build import _check_held
 from dist_finetune.errors import TrainingError
 from dist_finetune.freeze import compile_freeze
@@ -22,7 +21,7 @@ from dist_finetune.signals import StopSignals
 from dist_finetune.spec import FreezeSpec
 from dist_finetune.spec_file import load_spec
 from dist_finetune.stage import load_base, open_stage
-from dist_finetune.world import World, join_world
+from dist_finetune.world import World
 
 
 def look(config: str, strategy: str, world: World) -> dict[str, Any]:
@@ -53,13 +52,5 @@ def look(config: str, strategy: str, world: World) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    config, results, *strategies = sys.argv[1:]
-    with join_world(load_spec(config, []).launch) as world:
-        found = {strategy: look(config, strategy, world) for strategy in strategies}
-        Path(f"{results}.{world.rank}").write_text(json.dumps(found), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
-    leave_at_once(0)
+    write_found(look)

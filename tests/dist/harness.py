@@ -172,6 +172,16 @@ def _written(folder: Path) -> tuple[str, str]:
     return out, err
 
 
+def outputs(processes: Sequence[subprocess.Popen[str]], timeout_s: float) -> list[tuple[str, str]]:
+    """stdout and stderr of each process, once it has ended; none is left, whatever happens."""
+    try:
+        return [process.communicate(timeout=timeout_s) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def free_port() -> int:
     """A port of this machine at which nobody listens."""
     with socket.socket() as listener:

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 from harness import Job, train_jobs
-from invariance.compare import NO_GRADIENT
 from material import Material
 from safetensors.torch import load_file
 
 from dist_finetune.combinations import has_compiler
+from dist_finetune.selfcheck import NO_GRADIENT
 
 pytestmark = [
     pytest.mark.dist,

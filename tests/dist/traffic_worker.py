@@ -5,18 +5,15 @@ reaches torch's dispatcher is noted: those of DDP's reducer, DeepSpeed and FSDP 
 collectives of each step, [name, bytes], and what the plan says.
 """
 
-import json
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
+from by_strategy import write_found
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_finetune.cli import leave_at_once
 from dist_finetune.freeze import train_mode
 from dist_finetune.job import Progress
 from dist_finetune.report import Reporter
@@ -25,7 +22,7 @@ from dist_finetune.signals import StopSignals
 from dist_finetune.spec_file import load_spec
 from dist_finetune.stage import load_base, open_stage
 from dist_finetune.training import StepLog, _steps_of, _train_step
-from dist_finetune.world import World, join_world
+from dist_finetune.world import World
 
 STEPS = 5
 
@@ -70,13 +67,5 @@ def steps_of(config: str, strategy: str, world: World) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    config, results, *strategies = sys.argv[1:]
-    with join_world(load_spec(config, []).launch) as world:
-        found = {strategy: steps_of(config, strategy, world) for strategy in strategies}
-        Path(f"{results}.{world.rank}").write_text(json.dumps(found), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
-    leave_at_once(0)
+    write_found(steps_of)

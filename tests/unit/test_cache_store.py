@@ -59,6 +59,15 @@ def test_rows_come_back_as_stored(tmp_path: Path, dtype: str, relative: float, n
     assert size == made.num_bytes == LENGTHS.sum() * WIDTH * (4 if dtype == "fp32" else 2)
 
 
+def assert_stored(folder: Path, made: Layout, rows: list[torch.Tensor]) -> None:
+    """Every row comes back to the bit."""
+    stored = StoredRows(folder, "train", made)
+    for index, row in enumerate(rows):
+        out = np.empty((len(row), WIDTH), np.float32)
+        stored.read_into(index, out)
+        assert torch.equal(torch.from_numpy(out), row)
+
+
 def test_a_half_written_shard_goes_on(tmp_path: Path) -> None:
     made, rows = layout("fp32", 1), activations()
     first = ShardWriter(tmp_path, "train", 0, made)
@@ -71,11 +80,7 @@ def test_a_half_written_shard_goes_on(tmp_path: Path) -> None:
     for index in range(4, 7):
         second.write(index, rows[index])
     second.note(7)
-    stored = StoredRows(tmp_path, "train", made)
-    for index, row in enumerate(rows):
-        out = np.empty((len(row), WIDTH), np.float32)
-        stored.read_into(index, out)
-        assert torch.equal(torch.from_numpy(out), row)
+    assert_stored(tmp_path, made, rows)
 
 
 def test_two_writers_of_one_shard_do_each_other_no_harm(tmp_path: Path) -> None:
@@ -88,11 +93,7 @@ def test_two_writers_of_one_shard_do_each_other_no_harm(tmp_path: Path) -> None:
     for index in (3, 4, 6):
         first.write(index, rows[index])
     first.note(7)
-    stored = StoredRows(tmp_path, "train", made)
-    for index, row in enumerate(rows):
-        out = np.empty((len(row), WIDTH), np.float32)
-        stored.read_into(index, out)
-        assert torch.equal(torch.from_numpy(out), row)
+    assert_stored(tmp_path, made, rows)
 
 
 def test_a_shard_has_its_room_on_the_disk_before_its_first_row(tmp_path: Path) -> None:

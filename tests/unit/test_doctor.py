@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import free_port, outputs
 
 from dist_finetune.cache.decide import CacheDecision
 from dist_finetune.cli import main
@@ -192,12 +193,6 @@ def environment(rank: int, port: int, world_size: int = 3) -> dict[str, str]:
     return {**os.environ, **fixed, **{k: str(v) for k, v in names.items()}}
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.mark.dist
 def test_absent_ranks_are_named_by_those_that_are_there() -> None:
     port = free_port()
@@ -205,13 +200,7 @@ def test_absent_ranks_are_named_by_those_that_are_there() -> None:
         subprocess.Popen([sys.executable, "-c", JOIN], env=environment(rank, port), text=True, stderr=subprocess.PIPE)
         for rank in (0, 2)
     ]
-    try:
-        said = [worker.communicate(timeout=90)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    for text in said:
+    for _, text in outputs(workers, 90):
         assert "refused: rank 1 of 3 did not arrive within 4 s (node 1, counted from 0)" in text
 
 
@@ -275,12 +264,7 @@ def examined(folder: Path, faults: Sequence[str], shared: bool) -> tuple[list[in
         env = {**environment(rank, port), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "HF_HOME": str(own / "hub")}
         command = [sys.executable, "-c", EXAMINE, *faults]
         workers.append(subprocess.Popen(command, env=env, cwd=own, text=True, stdout=-1, stderr=-1))
-    try:
-        said = [worker.communicate(timeout=120) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+    said = outputs(workers, 120)
     assert not any(out for out, _ in said[1:]), "rank 0 speaks for all"
     return [worker.returncode for worker in workers], said[0][0] + said[0][1]
 

@@ -36,6 +36,13 @@ def stubs(folder: Path, **programs: str) -> Path:
     return folder
 
 
+def wait_for_file(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def job(folder: Path, num_runs: int = 1, grace_s: int = 60) -> SlurmJob:
     runs = [folder / f"run{i}" for i in range(num_runs)]
     for run in runs:
@@ -61,10 +68,7 @@ def ended(
             stderr=subprocess.STDOUT,
         )
     try:
-        deadline = time.monotonic() + 20
-        while not (programs / "srun.started").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for_file(programs / "srun.started")
         process.send_signal(number)
         process.wait(timeout=30)
     finally:
@@ -164,10 +168,7 @@ def test_another_node_outlasts_the_first_one_and_no_more(
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 20
-        while not (programs / "torchrun.started").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for_file(programs / "torchrun.started")
         for number in told:
             os.killpg(process.pid, number)
             time.sleep(0.3)

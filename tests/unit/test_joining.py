@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import free_port, outputs
 
 from dist_finetune.launchers.environment import LaunchedAs, cpu_threads, granted_gpus
 
@@ -162,12 +163,6 @@ def test_threads_are_the_same_under_every_launcher(
 # --- network ---------------------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def ranks_of(code: str, num_ranks: int = 2, **env: str) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of ranks that each believe to be on a machine of their own."""
     port, fixed = free_port(), {"MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -176,12 +171,7 @@ def ranks_of(code: str, num_ranks: int = 2, **env: str) -> list[tuple[int, str, 
         names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
         own = environment(**fixed, **{k: str(v) for k, v in names.items()}, **env)
         workers.append(subprocess.Popen([sys.executable, "-c", code], env=own, text=True, stdout=-1, stderr=-1))
-    try:
-        said = [worker.communicate(timeout=120) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+    said = outputs(workers, 120)
     return [(worker.returncode, out, err) for worker, (out, err) in zip(workers, said, strict=True)]
 
 

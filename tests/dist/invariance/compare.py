@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from dist_finetune.selfcheck import NO_GRADIENT
+
 # Largest distances allowed. Relative, but for logits and weights, whose small values come from sums of large ones.
 TOLERANCES = {
     "ids": 0.0, "lr": 0.0, "loss": 1e-5, "grad_norm": 5e-5, "logits": 1e-4, "predictions": 0.0, "metrics": 1e-4,
@@ -15,8 +17,6 @@ TOLERANCES = {
 }  # fmt: skip
 GPU_TOLERANCES = {**TOLERANCES, "loss": 1e-4, "grad_norm": 1e-3, "logits": 1e-3, "weights": 1e-3, "metrics": 1e-3}
 """A GPU's kernels add up in an order of their own for every batch size; TF32 is off."""
-NO_GRADIENT = "key.bias"
-"""Attention does not depend on it: its gradient is rounding noise, which Adam turns into steps of full size."""
 
 
 @dataclass(frozen=True)
