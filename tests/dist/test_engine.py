@@ -19,7 +19,8 @@ ALIGNMENT = 64
 def held(material: Material, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """For 1 and 2 processes what each rank holds, by strategy; three groups: decayed, not decayed, the head's."""
     folder = tmp_path_factory.mktemp("held")
-    config = write_config(folder / "held.yaml", material.text(train={"head_lr": 1e-3}), output=str(folder / "runs"))
+    text = material.text(train={"head_lr": 1e-3}, cache="off")
+    config = write_config(folder / "held.yaml", text, output=str(folder / "runs"))
     for n in (1, 2):
         done = run_ranks(n, WORKER, [config, folder / f"{n}.json", *STRATEGIES], 400, folder)
         assert done.returncode == 0, done.stderr[-5000:]

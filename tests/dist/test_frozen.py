@@ -54,7 +54,8 @@ def dropouts(material: Material, runs: RunJobs) -> dict[str, Run]:
     jobs = []
     for strategy in STRATEGIES:
         for name, dropout, mode in (("off", 0.0, "eval"), ("held", None, "eval"), ("active", None, "train")):
-            config = material.text(shard={"strategy": strategy}, freeze={"embeddings": True, "layers": "all"})
+            shard, freeze = {"strategy": strategy}, {"embeddings": True, "layers": "all"}
+            config = material.text(shard=shard, freeze=freeze, cache="off")  # which would hold one dropout's numbers
             config["model"]["dropout"] = dropout
             config["freeze"] |= {"patterns": ["bert.pooler.*"], "mode": mode}
             jobs.append(Job(f"{strategy}-{name}", config))
@@ -76,7 +77,7 @@ def norms(material: Material, runs: RunJobs) -> dict[str, Run]:
     for mode in ("eval", "train"):
         for strategy in STRATEGIES:
             freeze = {"rule": "backbone", "mode": mode}
-            config = {**material.image(shard={"strategy": strategy}, train={"epochs": 3}), "freeze": freeze}
+            config = material.image(shard={"strategy": strategy}, train={"epochs": 3}, cache="off") | {"freeze": freeze}
             jobs.append(Job(f"{strategy}-{mode}", config))
     return runs(jobs, 2)
 

@@ -71,10 +71,11 @@ def test_summary_holds_planned_and_actual_side_by_side(matrix: Matrix):
         assert memory["planned"].keys() == memory["actual"].keys()
         for kind in ("trainable_weights", "optimizer", "masters"):
             assert memory["planned"][kind] == pytest.approx(memory["actual"][kind], rel=0.01, abs=128), (name, kind)
-        # the whole model fills the cache of its frozen prefix, and the ranks train without it then
+        is_cached = name.startswith("image")  # these train without their frozen prefix, which the plan counts
+        assert (run.summary["cache_s"] > 0) == is_cached
         for kind in ("frozen_weights", "buffers"):
-            assert memory["actual"][kind] <= memory["planned"][kind], (name, kind)
-        assert run.summary["cache_s"] > 0
+            actual, planned = memory["actual"][kind], memory["planned"][kind]
+            assert actual < planned if is_cached else actual == pytest.approx(planned, rel=0.01, abs=128), (name, kind)
         assert memory["actual"]["optimizer"] > 0
         written = read_json(run.folder / "plan.json")["memory"][run.summary["strategy"]]["state"]
         assert written["optimizer"] == memory["planned"]["optimizer"]

@@ -16,12 +16,13 @@ STRATEGIES = (
 )  # fmt: skip
 WORLD_SIZES = (1, 2, 4)
 ACCUMULATIONS = (1, 2, 3)
-ROWS = (84, 85, 89)
-"""Training rows at a global batch of 12: even, one left over for one rank, five left over for four. Seven steps an
+ROWS = (168, 169, 173)
+"""Training rows at a global batch of 24: even, one left over for one rank, five left over for four. Seven steps an
 epoch: more evaluations would take longer than the training."""
-FEW_ROWS = 41
+FEW_ROWS = 65
 """For the two large models, whose few steps are to reach the end of an epoch too."""
-GLOBAL_BATCH_SIZE = 12
+GLOBAL_BATCH_SIZE = 24
+"""Divisible by every world size times every accumulation."""
 CHEAP = 7
 """Seconds that a case may take which only fills up a cover."""
 MICRO_BATCH_COST = {"ddp": 0.5, "zero1": 0.7, "zero2": 0.7, "fsdp": 1.2, "zero3": 4}

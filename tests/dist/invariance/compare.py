@@ -42,8 +42,10 @@ class Outcome:
         return cls(**numbers, tensors=load_file(folder / "tensors.safetensors"))
 
 
-def read_outcome(run: Path, ids: list[list[int]]) -> Outcome:
-    """The outcome of a finished run, whose steps took the samples `ids`."""
+def read_outcome(run: Path, ids: list[list[int]], accumulation: int) -> Outcome:
+    """The outcome of a finished run, whose steps took the samples `ids`, in `accumulation` micro-batches a rank."""
+    batches = json.loads((run / "plan.json").read_text(encoding="utf-8"))["batches"]
+    assert batches["gradient_accumulation_steps"] == accumulation, batches
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "train/loss" in line]
     evaluations = [line for line in lines if "eval/loss" in line]

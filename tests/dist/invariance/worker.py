@@ -62,7 +62,7 @@ def _train(case: Case, inputs: Inputs, work: Path, seen: dict[int, list[int]]) -
     if error or dist.get_rank() != 0:
         return None, error
     steps = {step: sorted(i for part in parts for i in part[step]) for step in parts[0]}
-    return read_outcome(work / "runs" / "case", [steps[s] for s in sorted(steps)]), ""
+    return read_outcome(work / "runs" / "case", [steps[s] for s in sorted(steps)], case.accumulation), ""
 
 
 def main() -> None:
