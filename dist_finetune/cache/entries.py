@@ -4,8 +4,11 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,9 @@ from dist_finetune.spec import Spec
 
 META = "meta.json"
 GIVEN_UP_S = 7 * 86400.0
+OWN = re.compile(r"(tokens-)?[0-9a-f]{20}")
+OWN_LEFTOVER = re.compile(rf"\.({OWN.pattern}\.(\d+x\d+|turn-\d+|[0-9a-f]{{8}})|speed-\d+)")
+"""Nothing else is ever deleted: `cache.folder` may be a folder that holds more than a cache."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +46,22 @@ def cache_root(spec: Spec) -> Path:
 def list_entries(root: Path) -> list[CacheEntry]:
     """Complete entries, least recently used first."""
     entries = []
-    for meta in root.glob(f"*/{META}"):
-        folder = meta.parent
-        if not folder.name.startswith("."):
+    for folder in _own(root, OWN):
+        meta = folder / META
+        if meta.exists():
             size = sum(p.stat().st_size for p in folder.iterdir())
             source = json.loads(meta.read_text(encoding="utf-8"))["source"]
             entries.append(CacheEntry(folder.name, size, meta.stat().st_mtime, source))
     return sorted(entries, key=lambda entry: entry.used)
+
+
+def _own(root: Path, names: re.Pattern[str]) -> Iterator[Path]:
+    """What lies directly in `root` under a name that only a cache gives."""
+    return (path for path in root.glob("*") if names.fullmatch(path.name))
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def make_room(root: Path, needed: int, quota: int) -> None:
@@ -56,9 +71,9 @@ def make_room(root: Path, needed: int, quota: int) -> None:
         mib = 2**20
         told = f"{needed / mib:,.0f} MiB are more than cache.quota, which is {quota / mib:,.0f} MiB"
         raise OSError(errno.EDQUOT, told)
-    for part in root.glob(".*"):
+    for part in _own(root, OWN_LEFTOVER):
         if time.time() - part.stat().st_mtime > GIVEN_UP_S:
-            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+            _delete(part)
     entries = list_entries(root)
     held = sum(entry.num_bytes for entry in entries)
     for entry in entries:
@@ -69,12 +84,17 @@ def make_room(root: Path, needed: int, quota: int) -> None:
 
 
 def clear(root: Path) -> int:
-    """Deletes every entry and leftover; returns the bytes freed."""
-    freed = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root.is_dir() else 0
-    shutil.rmtree(root, ignore_errors=True)
+    """Deletes every entry and leftover, and the folder where nothing else is in it; returns the bytes freed."""
+    freed = 0
+    for path in [*_own(root, OWN), *_own(root, OWN_LEFTOVER)]:
+        freed += sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file())
+        _delete(path)
+    with suppress(OSError):
+        root.rmdir()
     return freed
 
 
 def touch(folder: Path) -> None:
-    """Marks an entry as used now."""
-    os.utime(folder / META)
+    """Marks an entry as used now, where it may be written: one of a colleague or a read-only disk can be read too."""
+    with suppress(OSError):
+        os.utime(folder / META)

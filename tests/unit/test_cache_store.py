@@ -151,6 +151,9 @@ def test_views_of_a_row_take_turns(tmp_path: Path) -> None:
     assert rows[2] == (2, {"label": 9})
 
 
+OLD, NEWER, NEWEST = "0" * 20, "1" * 20, f"tokens-{'2' * 20}"
+
+
 def entry(root: Path, key: str, num_bytes: int, used: float) -> None:
     (root / key).mkdir(parents=True)
     (root / key / "train-00000.bin").write_bytes(bytes(num_bytes))
@@ -159,40 +162,55 @@ def entry(root: Path, key: str, num_bytes: int, used: float) -> None:
 
 
 def test_the_quota_evicts_what_was_used_longest_ago(tmp_path: Path) -> None:
-    for key, used in (("old", 1e9), ("newer", 2e9), ("newest", 3e9)):
+    for key, used in ((OLD, 1e9), (NEWER, 2e9), (NEWEST, 3e9)):
         entry(tmp_path, key, MIB, used)
     make_room(tmp_path, MIB, quota=10 * MIB)
-    assert [e.key for e in list_entries(tmp_path)] == ["old", "newer", "newest"]
+    assert [e.key for e in list_entries(tmp_path)] == [OLD, NEWER, NEWEST]
     make_room(tmp_path, MIB, quota=int(3.5 * MIB))
-    assert [e.key for e in list_entries(tmp_path)] == ["newer", "newest"]
+    assert [e.key for e in list_entries(tmp_path)] == [NEWER, NEWEST]
     make_room(tmp_path, MIB, quota=MIB)
     assert list_entries(tmp_path) == []
 
 
 def test_what_could_never_keep_within_the_quota_evicts_nothing(tmp_path: Path) -> None:
-    entry(tmp_path, "old", MIB, 1e9)
+    entry(tmp_path, OLD, MIB, 1e9)
     with pytest.raises(OSError, match=r"5 MiB are more than cache\.quota, which is 4 MiB"):
         make_room(tmp_path, 5 * MIB, quota=4 * MIB)
-    assert [e.key for e in list_entries(tmp_path)] == ["old"]
+    assert [e.key for e in list_entries(tmp_path)] == [OLD]
 
 
 def test_what_was_begun_and_given_up_is_removed(tmp_path: Path) -> None:
-    for name, age_s in ((".given-up.2", 8 * 86400), (".at-work.2", 60)):
+    for name, age_s in ((f".{OLD}.2x64", 8 * 86400), (f".{OLD}.turn-0", 8 * 86400), (f".{NEWEST}.0123abcd", 60)):
         (tmp_path / name).mkdir()
         then = (tmp_path / name).stat().st_mtime - age_s
         os.utime(tmp_path / name, (then, then))
     make_room(tmp_path, 0, quota=MIB)
-    assert [path.name for path in tmp_path.iterdir()] == [".at-work.2"]
+    assert [path.name for path in tmp_path.iterdir()] == [f".{NEWEST}.0123abcd"]
+
+
+def test_nothing_else_in_the_folder_is_touched(tmp_path: Path) -> None:
+    """`cache.folder` may be a home folder, or one that holds runs."""
+    strange = {".ssh/id", ".conda/meta.json", "run/meta.json", "notes.txt", f"{OLD}-mine/meta.json"}
+    for name in strange:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+        os.utime((tmp_path / name).parent, (1e9, 1e9))
+    entry(tmp_path, OLD, MIB, 1e9)
+    make_room(tmp_path, MIB, quota=MIB)
+    entry(tmp_path, NEWER, MIB, 1e9)
+    assert [e.key for e in list_entries(tmp_path)] == [NEWER]
+    assert clear(tmp_path) > MIB
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == strange
 
 
 def test_the_command_lists_and_clears(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    entry(tmp_path, "abc", 2 * MIB, 1e9)
+    entry(tmp_path, OLD, 2 * MIB, 1e9)
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["cache", "ls", "--folder", str(tmp_path)])
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("abc")
+    assert line.startswith(OLD)
     assert "2.0 MiB" in line
-    assert line.endswith("model of abc")
+    assert line.endswith(f"model of {OLD}")
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["cache", "clear", "--folder", str(tmp_path)])
     assert "2.0 MiB freed" in capsys.readouterr().out
