@@ -32,9 +32,14 @@ def finish_run(
     job.report.stop_progress()
     kept_step = progress.step
     if job.plan.spec.checkpoint.best and progress.best_step != progress.step:
-        kept_step = progress.best_step
-        stage.engine.close()
-        stage, last = _reopen(job, saver, kept_step), None
+        saved_step = saver.best_step()
+        if saved_step != progress.best_step:
+            instead = "the last one" if saved_step is None else f"step {saved_step}"
+            job.report.say(f"WARNING the best model, of step {progress.best_step}, was not saved; kept is {instead}")
+        if saved_step is not None:
+            kept_step = saved_step
+            stage.engine.close()
+            stage, last = _reopen(job, saver, kept_step), None
     batch_size = job.plan.batches.eval_batch_size
     try:
         final = {"validation": last} if last else {}

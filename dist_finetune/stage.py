@@ -62,7 +62,7 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
     done = checkpoint.state["progress"] if checkpoint else {}
     is_uncached = phase.index in done.get("uncached", ())
     if job.plan.cache[phase.index].use and not is_uncached:
-        is_begun = bool(done) and done["step"] > done["phase_first_step"]
+        is_begun = bool(done) and done["phase"] == phase.index and done["step"] > done["phase_first_step"]
         try:
             phase, splits, dropped = _cached(job, phase, model, digests, is_begun)
         except NoCut as reason:

@@ -28,4 +28,9 @@ def local_topology(processes: int = 1, num_nodes: int = 1) -> Topology:
     if not torch.cuda.is_available():
         return Topology(num_nodes, processes, "cpu", has_amx=torch.cpu._is_amx_tile_supported())
     memory = torch.cuda.get_device_properties(0).total_memory
-    return Topology(num_nodes, processes, "cuda", memory, torch.cuda.is_bf16_supported())
+    return Topology(num_nodes, processes, "cuda", memory, has_bf16())
+
+
+def has_bf16() -> bool:
+    """Whether the GPU itself computes in bf16. Older ones (V100, T4) emulate it, slower than fp32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)

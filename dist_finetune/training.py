@@ -154,7 +154,7 @@ def _seed(seed: int, device: torch.device) -> None:
 
 def _seed_of(seed: int, step: int, rank: int) -> int:
     """Seed of a rank's random numbers (dropout) in one step: a resumed run draws the same, and no state is kept."""
-    return (seed * 1_000_003 + step) * 65_537 + rank
+    return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**64  # as torch's generators take no more bits
 
 
 def _flush(log: StepLog, job: Job, progress: Progress) -> None:

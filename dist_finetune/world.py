@@ -40,6 +40,7 @@ T = TypeVar("T")
 _files: dist.ProcessGroup | None = None
 """All ranks once more, with the patience that reading and writing files takes; None until `join_world`."""
 _num_waiting = 0
+_joined: "World | None" = None
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,18 @@ def join_world(launch: LaunchSpec) -> Iterator[World]:
     """Joins (or, alone, makes) the process group; gloo for CPU tensors, NCCL for CUDA tensors.
 
     At the end a group that was made here is gone, so that the interpreter exits without a warning or a hang, and the
-    environment is as before: what a notebook starts next must not take itself for a rank of this job. Raises UserError
-    where the launcher's variables and the ranks that really arrived disagree, or two ranks share a GPU.
+    environment is as before: what a notebook starts next must not take itself for a rank of this job. Within another
+    `join_world` it is that one's world. Raises UserError where the launcher's variables and the ranks that really
+    arrived disagree, or two ranks share a GPU.
     """
+    global _joined
+    if _joined:
+        yield _joined
+        return
     found = world_from_environment(os.environ)
     device = _device(found.local_rank, found.local_world_size)
     _set_cpu_threads(launch, found)
-    variables = torch_variables(found)
+    variables = {**torch_variables(found), **_device_variables(device)}
     if found.world_size == 1:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # never opened: the store lives in this process
         variables = {**variables, **{name: os.environ.get(name, value) for name, value in address.items()}}
@@ -94,9 +100,11 @@ def join_world(launch: LaunchSpec) -> Iterator[World]:
             check_all_reduce(world.rank, world.world_size, world.device, launch.join_timeout)
             if made_group:
                 wait_longer(launch.timeout)
+            _joined = world
             with _files_group(launch.file_timeout) if world.world_size > 1 else nullcontext():
                 yield world
         finally:
+            _joined = None
             # a caller's own process group is left as it is
             if made_group and dist.is_initialized():
                 dist.destroy_process_group()
@@ -148,6 +156,15 @@ def _device(local_rank: int, local_world_size: int) -> torch.device:
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def _device_variables(device: torch.device) -> dict[str, str]:
+    """Accelerate and DeepSpeed take the local rank for the number of the GPU, which it isn't where each task sees its
+    own GPU only; DeepSpeed insists that mpirun's variable says the same."""
+    if device.type != "cuda":
+        return {}
+    names = ("LOCAL_RANK", *(name for name in ("OMPI_COMM_WORLD_LOCAL_RANK",) if name in os.environ))
+    return dict.fromkeys(names, str(device.index))
 
 
 def _set_cpu_threads(launch: LaunchSpec, found: LaunchedAs) -> None:

@@ -49,21 +49,25 @@ class Saver:
 
     def save(self, stage: Stage, progress: Progress, best: bool = False) -> None:
         """Saves the run as it is after `progress.step`, unless that step is saved already. `best` keeps it for good."""
-        if best:
-            self._writer.protected = progress.step
         if self._saved_step == progress.step:
+            if best:
+                self._writer.protect(progress.step)
             return
         self._saved_step = progress.step
         started_s = time.perf_counter()
         verify_frozen(stage.engine, stage.held_digests, self._job.world)
         tensors = snapshot(stage.engine, self._job.world, self._whole(stage))
-        self._writer.save(progress.step, tensors, self._state(stage.engine, progress))
+        self._writer.save(progress.step, tensors, self._state(stage.engine, progress), best)
         self.pauses_s.append(time.perf_counter() - started_s)
 
     def settled(self) -> Checkpoint:
         """The checkpoint that was saved last, once it is complete. Raises TrainingError where saving failed."""
         self._writer.wait(must_succeed=True)
         return self.saved_at(self._saved_step or 0)
+
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint that could be saved."""
+        return self._writer.protected()
 
     def saved_at(self, step: int) -> Checkpoint:
         """The checkpoint of a step that was saved and kept."""

@@ -45,12 +45,12 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: str | None = None
         self._lost_shard: str | None = None
-        self.protected = protected
-        """Step of the best checkpoint, which rotation leaves alone."""
+        self._protected = protected if protected is not None and self._has(protected) else None
         self._token = on_first(world, self._clean)
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], best: bool = False) -> None:
         """Starts writing the checkpoint of `step`; `tensors` is this rank's snapshot (see `snapshot`), which it keeps.
+        Once it is complete, the `best` is protected in place of the one before.
 
         Waits for an earlier save that is still being written. A failed save is told loudly, and training goes on with
         the checkpoints that are there.
@@ -62,7 +62,7 @@ class CheckpointWriter:
         if error:
             self._fail(error)
             return
-        work = (part, step, tensors, state) if self._world.is_first else (part, tensors)
+        work = (part, step, tensors, state, best) if self._world.is_first else (part, tensors)
         target = self._lead if self._world.is_first else self._write_shard
         self._thread = threading.Thread(target=self._guarded, args=(target, *work), name="checkpoint", daemon=True)
         self._thread.start()
@@ -84,10 +84,23 @@ class CheckpointWriter:
         if error and must_succeed:
             raise TrainingError(f"checkpoint not saved: {error}")
 
+    def protect(self, step: int) -> None:
+        """Rotation leaves the checkpoint of `step` alone from now on, if saving it succeeded."""
+        self.wait()
+        if self._has(step):
+            self._protected = step
+
+    def protected(self) -> int | None:
+        """Step of the best checkpoint that is there, which rotation leaves alone."""
+        return on_first(self._world, lambda: self._protected)
+
     def let_finish(self, timeout_s: float) -> None:
         """Gives this rank's part of a save up to `timeout_s` to end, without asking other ranks."""
         if self._thread:
             self._thread.join(timeout_s)
+
+    def _has(self, step: int) -> bool:
+        return (self._root / folder_name(step)).exists()
 
     def _clean(self) -> str:
         """Removes what a killed job left half-written or half-deleted; returns a name for this job's own parts."""
@@ -105,7 +118,9 @@ class CheckpointWriter:
         except BaseException as error:
             self._fail(error)
 
-    def _lead(self, part: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    def _lead(
+        self, part: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], best: bool
+    ) -> None:
         try:
             self._write_shard(part, tensors)
             files = {n["file"]: {"size": n["size"], "sha256": n["sha256"]} for n in self._notes(part)}
@@ -116,6 +131,8 @@ class CheckpointWriter:
             write_json(part / COMPLETE, {"format": FORMAT_VERSION, "step": step, "files": files})
             sync_folder(part)
             self._publish(part, self._root / folder_name(step))
+            if best:
+                self._protected = step
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
@@ -176,7 +193,7 @@ class CheckpointWriter:
         folders = checkpoints_of(self._root.parent)
         kept = [folder for folder in folders if (step_of(folder) or 0) <= newest][: self._keep]
         for folder in folders:
-            if folder not in kept and step_of(folder) != self.protected:
+            if folder not in kept and step_of(folder) != self._protected:
                 _delete(folder)
 
 

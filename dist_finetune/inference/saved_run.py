@@ -28,6 +28,7 @@ from dist_finetune.plan import DataPlan
 from dist_finetune.run_folder import read_summary, resume_command
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec
+from dist_finetune.topology import has_bf16
 from dist_finetune.world import World, join_world, together
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -65,7 +66,7 @@ class SavedRun:
     def precision(self) -> Precision:
         """That of the run on the kind of device it ran on, fp32 on another."""
         same = self.device.type == self.planned_device
-        cannot = self.planned_precision == "bf16" and self.device.type == "cuda" and not torch.cuda.is_bf16_supported()
+        cannot = self.planned_precision == "bf16" and self.device.type == "cuda" and not has_bf16()
         return self.planned_precision if same and not cannot else "fp32"
 
     def encode(self, table: Dataset) -> Rows:

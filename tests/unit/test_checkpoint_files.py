@@ -35,14 +35,14 @@ def tensors(step: int, num_elements: int = 1000) -> dict[str, torch.Tensor]:
     return {f"{kind}:layer.weight@0": torch.full((num_elements,), float(step)) for kind in ("weight", "exp_avg")}
 
 
-def write(run: Path, world: World, *steps: int, keep: int = 9, protected: int | None = None) -> list[str]:
-    """Saves a checkpoint of each step; what was said meanwhile."""
+def write(run: Path, world: World, *steps: int, keep: int = 9, best: int | None = None) -> list[str]:
+    """Saves a checkpoint of each step, one of them as the best; what was said meanwhile."""
     run.mkdir(exist_ok=True)
     (run / "config.yaml").touch()
     said: list[str] = []
-    writer = CheckpointWriter(run, keep, protected, world, 60, said.append)
+    writer = CheckpointWriter(run, keep, None, world, 60, said.append)
     for step in steps:
-        writer.save(step, tensors(step), {"world_size": 1, "strategy": "ddp", "step": step})
+        writer.save(step, tensors(step), {"world_size": 1, "strategy": "ddp", "step": step}, step == best)
     writer.wait()
     return said
 
@@ -138,7 +138,7 @@ def test_nothing_in_it_is_a_pickle(tmp_path: Path, world: World) -> None:
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path, world: World) -> None:
     run = tmp_path / "run"
-    write(run, world, *range(1, 8), keep=2, protected=3)
+    write(run, world, *range(1, 8), keep=2, best=3)
     assert [folder.name for folder in checkpoint_folders(run)] == ["step-000007", "step-000006", "step-000003"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         "step-000003", "step-000006", "step-000007",
@@ -256,8 +256,9 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path: Path, 
         run = disk / "run"
         write(run, world, 5)
         said: list[str] = []
-        writer = CheckpointWriter(run, 1, None, world, 60, said.append)
-        writer.save(10, tensors(10, 2_000_000), {})
+        writer = CheckpointWriter(run, 1, 5, world, 60, said.append)
+        writer.save(10, tensors(10, 2_000_000), {}, best=True)
+        assert writer.protected() == 5, "the best that was saved stays"
         assert "MiB free, a checkpoint needs 31 MiB" in said[0]
         assert "checkpoints before it are untouched" in said[0]
         with pytest.raises(TrainingError, match="MiB free"):

@@ -170,8 +170,11 @@ def test_without_any_good_checkpoint_nothing_is_thrown_away(again: tuple[Path, T
     )
 
 
-def test_the_best_checkpoint_outlives_a_resume(finished: Any, tmp_path: Path) -> None:
-    """With a rate that ruins the model the first epoch stays the best: rotation must not take it after a restart."""
+def test_the_best_checkpoint_outlives_a_resume(
+    finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a rate that ruins the model the first epoch stays the best: rotation must not take it after a restart. Where
+    it could not be saved, the run still ends well."""
     _, _, config = finished
     train_ = {**config["train"], "lr": 1.0, "epochs": 4, "warmup": 0, "schedule": "constant"}
     changed = {**config, "train": train_, "checkpoint": {"every": "1 epoch", "keep": 1, "best": "eval/loss"}}
@@ -184,6 +187,11 @@ def test_the_best_checkpoint_outlives_a_resume(finished: Any, tmp_path: Path) ->
     assert [f.name for f in checkpoint_folders(run)] == [f"step-{whole.kept_step:06d}"]
     resumed = train(load_spec(str(path)))
     assert (resumed.kept_step, resumed.metrics) == (whole.kept_step, whole.metrics)
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints" / f"step-{whole.kept_step:06d}")
+    assert train(load_spec(str(path))).kept_step == whole.steps
+    told = capsys.readouterr().out
+    assert f"WARNING the best model, of step {whole.kept_step}, was not saved; kept is the last one" in told
 
 
 def test_a_run_whose_patience_was_over_is_not_trained_on(finished: Any, tmp_path: Path) -> None:
