@@ -57,6 +57,7 @@ def _train(spec: Spec, fresh: bool, world: World, report: Reporter, signals: Sto
     checkpoint, progress = find_start(job, provenance, fresh)
     stop_if_told(signals)
     stage = open_stage(job, plan.phases[progress.phase], checkpoint, model)
+    del model  # it is the engine's, which frees it before the next phase
     stop_if_told(signals)
     # every refusal of the user's input lies behind us: only now is anything written
     on_first(world, lambda: start_run_folder(spec, fresh, progress.step, progress.evaluated))

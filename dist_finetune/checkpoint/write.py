@@ -118,9 +118,7 @@ class CheckpointWriter:
         except BaseException as error:
             self._fail(error)
 
-    def _lead(
-        self, part: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], best: bool
-    ) -> None:
+    def _lead(self, part: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], best: bool) -> None:
         try:
             self._write_shard(part, tensors)
             files = {n["file"]: {"size": n["size"], "sha256": n["sha256"]} for n in self._notes(part)}

@@ -1,5 +1,6 @@
 """What the stages need of a sharded model, whatever the strategy."""
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -98,8 +99,15 @@ class Engine(Predictor, Protocol):
         ...
 
     def close(self) -> None:
-        """Frees what the engine holds."""
+        """Frees what the engine holds, the module too: a phase or a reopened model that comes next needs the room."""
         ...
+
+
+def collect() -> None:
+    """Frees what nothing but itself refers to, as engines do whose hooks refer to them, on the device too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def adam_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_finetune.engine.base import MOMENTS, Fragment, Held, Inputs, adam_state
+from dist_finetune.engine.base import MOMENTS, Fragment, Held, Inputs, adam_state, collect
 from dist_finetune.engine.precision import LossScale, autocast_of
 from dist_finetune.models.sources import forward_logits
 from dist_finetune.plan import Plan
@@ -84,7 +84,10 @@ class DdpEngine:
         self._optimizer.zero_grad(set_to_none=True)
 
     def close(self) -> None:
+        self._wrapped = self.module = nn.Module()
+        self._optimizer = None
         self._accelerator.free_memory()
+        collect()
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

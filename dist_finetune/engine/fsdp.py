@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from dist_finetune.engine.base import MOMENTS, Fragment, Held, Inputs, adam_state
+from dist_finetune.engine.base import MOMENTS, Fragment, Held, Inputs, adam_state, collect
 from dist_finetune.engine.precision import LossScale, autocast_of
 from dist_finetune.fsdp_layout import block_groups, is_left_out
 from dist_finetune.models.sources import forward_logits
@@ -42,7 +42,8 @@ class FsdpEngine:
         members = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
         shard_model(module, plan, phase, device)
         shard_optimizer(module, optimizer, members)
-        self.module, self._optimizer, self._device = module, optimizer, device
+        self.module, self._device = module, device
+        self._optimizer: Any = optimizer
         self._max_grad_norm = plan.spec.train.max_grad_norm
         self._autocast, self.loss_scale = autocast_of(plan), LossScale(plan)
 
@@ -106,7 +107,9 @@ class FsdpEngine:
         """Each block is reduced by itself, in the same order at every step, also at the first."""
 
     def close(self) -> None:
-        self._optimizer.state.clear()
+        self.module = nn.Module()
+        self._optimizer = None
+        collect()
 
     @property
     def _root(self) -> FSDPModule:

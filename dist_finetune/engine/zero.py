@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_finetune.engine.base import MOMENTS, Fragment, Held, Inputs, adam_state
+from dist_finetune.engine.base import MOMENTS, Fragment, Held, Inputs, adam_state, collect
 from dist_finetune.engine.precision import LossScale
 from dist_finetune.models.sources import forward_logits
 from dist_finetune.plan import Plan
@@ -112,8 +112,10 @@ class ZeroEngine:
         self._engine.destroy()
         if self._stage == 3:
             self._forget_module()
-        self._accelerator.deepspeed_engine_wrapped = None
+        self.module = nn.Module()
+        self._engine = self._zero = self._accelerator.deepspeed_engine_wrapped = None
         self._accelerator.free_memory()
+        collect()
 
     def _forget_module(self) -> None:
         """Stage 3 puts the model on a list of the whole process and leaves it there: a phase's weights would stay in

@@ -1,10 +1,12 @@
 """What engines really hold, rank by rank: engine_worker.py CONFIG RESULTS.json STRATEGY...
 
 For each strategy this opens the run's stage as `run.train` does and writes to RESULTS.json.RANK: the fragments that
-this rank updates, the counts that the engine states, and whether its check refuses the manifest of another freeze.
+this rank updates, the counts that the engine states, whether its check refuses the manifest of another freeze, and how
+many of the engine's tensors are still there once it is closed.
 """
 
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ def look(config: str, strategy: str, world: World) -> dict[str, Any]:
     wider = compile_freeze(FreezeSpec(rule="backbone"), job.plan.structure, model)
     engine = open_stage(job, phase, None, model).engine
     held = engine.held()
+    counts = {"optimizer": held.optimizer, "gradients": held.gradients, "padding": held.padding}
     mapped = sum("dist-finetune-" in line for line in Path("/proc/self/maps").read_text().splitlines())
     try:
         _check_held(engine, strategy, wider, world)
@@ -43,12 +46,18 @@ def look(config: str, strategy: str, world: World) -> dict[str, Any]:
         (f.name, f.offset, f.weight.numel(), [f.moments[kind].numel() for kind in sorted(f.moments)])
         for f in engine.fragments()
     ]
+    moments = [moment for f in engine.fragments() for moment in f.moments.values()]
+    tensors = [*engine.module.parameters(), *(m if m._base is None else m._base for m in moments)]
+    left = [weakref.ref(tensor) for tensor in tensors]
+    num_buffers = len(list(model.buffers()))
+    del model, held, moments, tensors
     engine.close()
     sizes = {r.name: r.num_elements for r in phase.manifest.records if r.kind == "parameter"}
     return {
-        "fragments": fragments, "optimizer": held.optimizer, "gradients": held.gradients, "padding": held.padding,
+        "fragments": fragments, **counts,
         "trainable": phase.manifest.trainable, "sizes": sizes, "refusal": refusal,
-        "mapped": mapped, "buffers": len(list(model.buffers())), "replicated": replicated,
+        "mapped": mapped, "buffers": num_buffers, "replicated": replicated,
+        "held": len(left), "left": sum(tensor() is not None for tensor in left),
     }  # fmt: skip
 
 

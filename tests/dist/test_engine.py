@@ -80,6 +80,14 @@ def test_no_whole_tensor_of_the_load_outlives_sharding(held: dict[int, list[dict
 
 
 @pytest.mark.parametrize(("num_processes", "strategy"), WAYS)
+def test_nothing_outlives_an_engine(held: dict[int, list[dict[str, Any]]], num_processes: int, strategy: str) -> None:
+    """Weights and moments go as it is closed: those of the next phase need the room."""
+    for rank in held[num_processes]:
+        assert rank[strategy]["held"] > len(rank[strategy]["trainable"])
+        assert rank[strategy]["left"] == 0
+
+
+@pytest.mark.parametrize(("num_processes", "strategy"), WAYS)
 def test_the_check_refuses_what_another_freeze_would_hold(
     held: dict[int, list[dict[str, Any]]], num_processes: int, strategy: str
 ) -> None:
