@@ -1,6 +1,8 @@
 """What engines are told: combinations refused with a way out, DeepSpeed's config, FSDP's cut, precision, checksums."""
 
 import dataclasses
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from dist_finetune import deepspeed_settings
+from dist_finetune.deepspeed_settings import BUCKET_ELEMENTS
 from dist_finetune.drift import checksums
 from dist_finetune.engine.blocks import prepare_blocks
 from dist_finetune.engine.ddp import DdpEngine
@@ -21,15 +25,30 @@ from dist_finetune.fsdp_layout import block_groups, fsdp_section
 from dist_finetune.models.load import load_model
 from dist_finetune.models.structure import structure_of
 from dist_finetune.plan import Plan, make_plan
-from dist_finetune.spec import FreezeSpec
+from dist_finetune.plan_text import plan_lines
+from dist_finetune.spec import FreezeSpec, Strategy
 from dist_finetune.spec_file import load_spec
 from dist_finetune.topology import Topology
 
 GIB = 2**30
 
 
+SCALED = """
+import torch
+from torch import nn
+class Scaled(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.embed, self.head, self.scale = nn.Embedding(7, 8), nn.Linear(8, num_classes), nn.Parameter(torch.ones(()))
+    def forward(self, input_ids, attention_mask):
+        return self.head(self.embed(input_ids).mean(1)) * self.scale
+def scaled(num_classes):
+    return Scaled(num_classes)
+"""
+
+
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("settings")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"]
     (folder / "bert").mkdir()
@@ -46,13 +65,18 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"model: {{name: {folder / 'bert'}}}\ndata: {{train: {folder / 'rows.csv'}}}\n"
         'freeze: {embeddings: true, layers: "0"}\ntrain: {precision: fp32}\n'
     )
-    return folder / "c.yaml"
+    (folder / "settings_model.py").write_text(SCALED)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.syspath_prepend(folder)
+    yield folder / "c.yaml"
+    monkeypatch.undo()
 
 
 def plan_of(config: Path, *overrides: str, world_size: int = 2, **topology: Any) -> Plan:
     return make_plan(load_spec(config, list(overrides)), Topology(1, world_size, **topology))
 
 
+OWN_MODEL = ["model={name: 'settings_model:scaled', weights: none}", "freeze=none"]
 REFUSED = [
     (["shard.strategy=ddp", "shard.offload=optimizer"], ["can't work with ddp", "zero1 to zero3 or fsdp"]),
     (["shard.strategy=fsdp", "shard.offload=optimizer"], ["can't work with fsdp", "shard.offload: parameters"]),
@@ -89,6 +113,9 @@ REFUSED = [
     (["freeze.dtype=bf16", "freeze.embeddings=false", "freeze.layers=null"], ["no effect", "nothing is frozen"]),
     (["shard.frozen=shard", "freeze.embeddings=false", "freeze.layers=null"], ["no effect", "nothing is frozen"]),
     (["freeze.dtype=bf16", "train.precision=bf16", "checkpoint.full=true"], ["checkpoint.full", "leave one"]),
+    ([*OWN_MODEL, "shard.strategy=fsdp"], ["fsdp can't share out scale, a single number", "zero1 to zero3"]),
+    ([*OWN_MODEL, "train.gradient_checkpointing=true"], ["train.gradient_checkpointing", "no blocks", "remove it"]),
+    ([*OWN_MODEL, "train.compile=true"], ["train.compile", "no blocks", "remove it"]),
 ]
 
 
@@ -98,6 +125,19 @@ def test_combinations_that_cannot_work(config: Path, overrides: list[str], words
         plan_of(config, *overrides)
     for word in words:
         assert word in str(error.value)
+
+
+def test_compiling_on_a_cpu_without_a_compiler(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PATH": str(tmp_path), "CXX": ""}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler on the CPU, and there is none .* leave it out"):
+        plan_of(config, "train.compile=true")
+    assert plan_of(config, "train.compile=true", device="cuda").spec.train.compile
+
+
+def test_bf16_on_a_gpu_that_has_none(config: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.precision: this GPU has no bf16; use fp16 or fp32"):
+        plan_of(config, "train.precision=bf16", device="cuda", supports_bf16=False)
 
 
 def test_sizes_that_change_no_result_may_be_tuned(config: Path) -> None:
@@ -159,11 +199,46 @@ def test_offload_in_deepspeeds_config(config: Path, strategy: str, offload: str,
     assert (mine.trainable_weights == 0) == (offload == "parameters")
 
 
+def test_sizes_for_a_cnn_come_from_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed would take what is "auto" from `hidden_size`, which no CNN has."""
+    cnn = Path(__file__).parents[2] / "configs" / "quickstart_cnn.yaml"
+    resnet = ["model={name: 'timm:test_resnet', weights: none}", "freeze={embeddings: true, layers: '0'}"]
+    plan = plan_of(cnn, *resnet, "data.max_rows=100")
+    manifest = plan.phases[0].manifest
+    sizes = {r.name: r.num_elements for r in manifest.records if r.kind == "parameter"}
+    trained = [sizes[name] for name in manifest.trainable]
+
+    def settings_at(strategy: Strategy) -> dict[str, Any] | None:
+        return deepspeed_settings.deepspeed_settings(plan.spec, strategy, plan.batches, plan.precision, manifest)
+
+    assert plan.deepspeed == (settings_at("zero1"),)
+    for most, bucket in ((BUCKET_ELEMENTS, sum(trained)), (max(trained) // 2, max(trained))):
+        monkeypatch.setattr(deepspeed_settings, "BUCKET_ELEMENTS", most)
+        for strategy in ("zero1", "zero2", "zero3"):
+            settings = settings_at(strategy)
+            assert settings is not None
+            assert "auto" not in json.dumps(settings)
+            zero = settings["zero_optimization"]
+            assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == bucket + bucket % 2
+            assert strategy != "zero3" or zero["stage3_prefetch_bucket_size"] >= max(sizes.values())
+
+
+def frozen_line(plan: Plan) -> list[str]:
+    return [line for line in plan_lines(plan).splitlines() if line.startswith("frozen ")]
+
+
 def test_frozen_weights_are_copied_where_that_fits_and_shared_out_where_not(config: Path) -> None:
     roomy = plan_of(config, "shard.strategy=fsdp", device="cuda", device_memory_bytes=GIB, world_size=4)
     tight = plan_of(config, "shard.strategy=fsdp", device="cuda", device_memory_bytes=60_000, world_size=4)
     asked = plan_of(config, "shard.strategy=fsdp", "shard.frozen=shard", world_size=4)
+    unlimited = plan_of(config, "shard.strategy=fsdp", world_size=4)
     assert [p.costs.frozen_layout for p in (roomy, tight, asked)] == ["replicate", "shard", "shard"]
+    why = "and a copy has no gradient and need not be gathered at each pass"
+    assert frozen_line(roomy) == [f"frozen    copied to every rank: it fits, {why}"]
+    assert frozen_line(unlimited) == [f"frozen    copied to every rank: no memory limit is known, {why}"]
+    assert frozen_line(tight) == ["frozen    shared out over ranks: copies on every rank would not fit"]
+    assert frozen_line(asked) == ["frozen    shared out over ranks: asked for"]
+    assert frozen_line(dataclasses.replace(asked, strategy="zero2")) == []
     whole, shared = (p.memory["fsdp"].state.frozen_weights for p in (roomy, asked))
     assert whole == 4 * roomy.phases[0].manifest.num_frozen
     assert whole / 4 <= shared < whole / 3
