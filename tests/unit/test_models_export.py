@@ -17,6 +17,8 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertModel,
     ConvNextConfig,
     ConvNextImageProcessor,
     ViTConfig,
@@ -185,6 +187,36 @@ def test_half_precision_and_shared_tensors_are_written_bit_for_bit(tmp_path: Pat
     export_model(card, spec, CLASSES, half, tmp_path / "half")
     written = load_file(tmp_path / "half" / "model.safetensors")
     assert same(dict(sorted(written.items())), dict(sorted(half.items())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("library", ["transformers", "timm"])
+def test_a_source_in_half_precision_leaves_in_fp32_with_its_every_value(
+    tmp_path: Path, library: str, dtype: torch.dtype
+) -> None:
+    """Rounded back, what is frozen is the source's to the bit; what trained keeps digits that the source's type lacks.
+    In a file of both types it would lose them: `from_pretrained` loads all of a file in one."""
+    source, folder = tmp_path / "source", tmp_path / "model"
+    if library == "transformers":
+        BertModel(BertConfig(**TINY, vocab_size=60)).to(dtype).save_pretrained(source)
+        spec, prefix = ModelSpec(name=str(source)), "bert."
+    else:
+        source.mkdir()
+        write_weights(timm.create_model("test_resnet").to(dtype).state_dict(), source / "model.safetensors")
+        spec, prefix = ModelSpec(name="timm:test_resnet", weights=str(source / "model.safetensors")), ""
+    card = describe_model(spec)
+    model, provenance = load_model(card, spec, CLASSES, seed=0)
+    trained = {name: tensor + 1 / 3 for name, tensor in model.state_dict().items() if name in provenance.initialized}
+    export_model(card, spec, CLASSES, model.state_dict() | trained, folder)
+    if library == "transformers":
+        again = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    else:
+        again = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
+    assert same({name: again.pop(name) for name in trained}, trained)
+    half = load_file(source / "model.safetensors")
+    given = {name: half[name.removeprefix(prefix)] for name in again}
+    assert same(again, {name: t.float() if t.is_floating_point() else t for name, t in given.items()})
+    assert same({name: tensor.to(given[name].dtype) for name, tensor in again.items()}, given)
 
 
 def test_what_is_no_finished_classifier_is_refused(tmp_path: Path) -> None:
