@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_finetune import __version__
+from dist_finetune import __version__, selfcheck
 from dist_finetune.cli import main
+from dist_finetune.selfcheck import SelfCheck
 
 CONFIG = "model: {name: m}\ndata: {train: rows.csv}\n"
 HEAVY = ("torch", "transformers", "timm", "datasets", "accelerate", "deepspeed", "sklearn", "pandas", "numpy", "wandb")
@@ -188,3 +189,22 @@ def test_a_launchers_bad_variable_is_refused_in_words(
     code, _, err = ended(capsys, "train", config)
     assert (code, err.count("\n")) == (2, 1)
     assert "WORLD_SIZE='two' in the environment is no whole number" in err
+
+
+@pytest.mark.parametrize(("parted", "code", "answer"), [(None, 0, "yes"), ("step 2: a loss", 1, "NO: step 2: a loss")])
+def test_selfcheck_ends_with_its_answer(
+    parted: str | None,
+    code: int,
+    answer: str,
+    config: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def check_config(config: str, overrides: list[str], gpus: None, processes: int, steps: int) -> SelfCheck:
+        assert (overrides, processes) == (["train.lr=1"], 3)
+        return SelfCheck(processes, "zero2", steps, {}, 7, parted)
+
+    monkeypatch.setattr(selfcheck, "check_config", check_config)
+    ended_with, out, _ = ended(capsys, "selfcheck", config, "train.lr=1", "--processes", "3")
+    assert ended_with == code
+    assert out.startswith(f"20 steps on 1 process with ddp and on 3 with zero2: {answer}")
