@@ -1,6 +1,5 @@
 """Training rows from stored activations: an entry that is there, or is filled now; proved before it is used."""
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -206,8 +205,8 @@ def _key(job: Job, cut: Cut, frozen_digests: dict[str, str]) -> tuple[str, dict[
 
 
 def _encoding(rows: Rows, views: int | None) -> str:
-    """What the prefix reads of a split: a hash of the token numbers, or how images are transformed."""
+    """What the prefix reads of a split: a hash of the tokens, or how images are transformed."""
     if isinstance(rows.dataset, TextRows):
-        return hashlib.sha256(rows.dataset.input_ids.tobytes() + rows.dataset.offsets.tobytes()).hexdigest()
+        return rows.dataset.sha256
     images = cast("ImageRows", rows.dataset)
     return hash_of([repr(images.image_input), rows.num_rows, images.augment and [images.seed, views]])

@@ -91,6 +91,7 @@ class TokenStore:
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything that decides which tokens a text becomes; what the last call cut or padded to does not."""
     versions = [transformers.__version__, tokenizers.__version__, type(tokenizer).__name__]
+    versions += tokenizer.model_input_names  # whether there are token types
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return hash_of([*versions, tokenizer.get_vocab(), repr(sorted(tokenizer.init_kwargs.items()))])

@@ -1,5 +1,6 @@
 """Text as token numbers: a whole split tokenised once into flat arrays, and batches padded from them."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -42,6 +43,12 @@ class TextRows(torch.utils.data.Dataset[dict[str, Any]]):
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each row, (N,)."""
         return np.diff(self.offsets).astype(np.int32)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all that a model is given: token numbers and types, row by row."""
+        arrays = (self.input_ids, self.offsets, self.token_type_ids)
+        return hashlib.sha256(b"".join(a.tobytes() for a in arrays if a is not None)).hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         num_rows = len(self.offsets) - 1

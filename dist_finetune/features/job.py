@@ -171,11 +171,11 @@ def _key(
 
 
 def _inputs_sha256(plan: Plan, splits: dict[str, Rows]) -> str:
-    """The data's fingerprint together with the token numbers, which another tokenizer would change."""
+    """The data's fingerprint together with the tokens, which another tokenizer would change."""
     total = hashlib.sha256(plan.data.fingerprint.encode())
     for rows in splits.values():
         if isinstance(rows.dataset, TextRows):
-            total.update(rows.dataset.input_ids.tobytes() + rows.dataset.offsets.tobytes())
+            total.update(rows.dataset.sha256.encode())
     return total.hexdigest()
 
 

@@ -1,26 +1,39 @@
 """Whether a phase is cached, and what the plan says of it; batches of images lie with their channels last."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import BertConfig
 
+from dist_finetune.cache.build import _key
+from dist_finetune.cache.cut import Cut, StandIn
 from dist_finetune.cache.rows import CachedCollate, CachedRows
 from dist_finetune.cache.store import Layout, ShardWriter, StoredRows
-from dist_finetune.data.images import collate_images
+from dist_finetune.data.image_input import ImageInput
+from dist_finetune.data.images import ImageRows, collate_images
+from dist_finetune.data.loading import Rows
+from dist_finetune.data.text import TextRows
 from dist_finetune.errors import UserError
+from dist_finetune.job import Job
 from dist_finetune.plan import Plan, make_plan
 from dist_finetune.plan_text import cost_lines, plan_lines
+from dist_finetune.report import Reporter
+from dist_finetune.signals import StopSignals
 from dist_finetune.spec_file import load_spec
+from dist_finetune.world import World
 
 BELOW_2 = {"embeddings": True, "layers": "0-1"}
 TRAIN_MODE = "freeze.mode is train: dropout and batch statistics would differ from epoch to epoch"
 CROPS = "data.augment makes new images each epoch; cache.views=4 would store four versions of each and cycle"
 Planned = Callable[..., Plan]
 NOTHING_BELOW = "nothing frozen lies below the first trainable part"
+WORLD = World("none", 0, 0, 1, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +136,41 @@ def test_images_and_their_activations_lie_with_channels_last(tmp_path: Any) -> N
     assert cached["inputs"].is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(cached["inputs"], torch.stack(images))
     assert cached["labels"].tolist() == [1, 0]
+
+
+def test_every_part_of_a_key_changes_it_and_nothing_else_does(plan_of: Planned) -> None:
+    """A sweep over rates, heads or labels finds one entry; another prefix, data, encoding or precision has its own."""
+    plan, cut = plan_of(), Cut(StandIn("bert.encoder.layer.1", (4, 6, 32), True), (), ("bert.a", "bert.b"))
+    digests = {"bert.a": "1", "bert.b": "2", "classifier.bias": "3"}
+    text = TextRows(np.arange(6, dtype=np.int32), np.asarray([0, 4, 6]), None, np.zeros(2), 0)
+    table = Dataset.from_dict({"image": [{"bytes": b"", "path": None}] * 2, "label": [0, 1]})
+    images, augmented = (ImageRows(table, ImageInput((8, 8)), augment, seed=1) for augment in (False, True))
+
+    def key(rows: Any = text, cut: Cut = cut, digests: dict[str, str] = digests, views: int = 1, **planned: Any) -> str:
+        cache = plan.spec.cache.model_copy(update={"views": views, "dtype": planned.pop("dtype", "fp32")})
+        changed = replace(plan, spec=plan.spec.model_copy(update={"cache": cache}), **planned)
+        splits = {"train": Rows(rows, list, None)}
+        job = Job(changed, WORLD, Reporter(is_first=False), Path(), splits, None, StopSignals())
+        return _key(job, cut, digests)[0]
+
+    keys = [
+        key(),
+        key(digests={**digests, "bert.b": "9"}),
+        key(cut=replace(cut, dropped=("bert.a",))),
+        key(cut=replace(cut, at=replace(cut.at, path="bert.encoder.layer.0"))),
+        key(cut=replace(cut, reads_first_only=True)),
+        key(data=replace(plan.data, fingerprint="other rows")),
+        key(precision="bf16"),
+        key(dtype="bf16"),
+        key(replace(text, input_ids=text.input_ids + 1)),
+        key(replace(text, offsets=np.asarray([0, 3, 6]))),
+        key(replace(text, token_type_ids=np.ones(6, np.uint8))),
+        key(images),
+        key(ImageRows(table, ImageInput((9, 9)), False, seed=1)),
+        key(augmented),
+        key(augmented, views=2),
+        key(ImageRows(table, ImageInput((8, 8)), True, seed=2)),
+    ]
+    assert len(set(keys)) == len(keys)
+    same = [key(digests={**digests, "classifier.bias": "9"}), key(replace(text, labels=np.ones(2)))]
+    assert same == [keys[0]] * 2

@@ -103,7 +103,8 @@ def test_what_a_call_cuts_or_pads_to_is_no_other_tokenizer(planned: tuple[Plan, 
     before = tokenizer_digest(tokenizer)
     tokenizer("good bad", truncation=True, max_length=3, padding="max_length")
     assert tokenizer_digest(tokenizer) == before
-    assert tokenizer_digest(BertTokenizerFast.from_pretrained(planned[0].card.location, do_lower_case=False)) != before
+    for other in ({"do_lower_case": False}, {"model_input_names": ["input_ids", "attention_mask"]}):
+        assert tokenizer_digest(BertTokenizerFast.from_pretrained(planned[0].card.location, **other)) != before
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "garbled"])
