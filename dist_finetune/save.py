@@ -26,11 +26,14 @@ def save_model(job: Job, stage: Stage, evaluations: Mapping[str, Evaluation]) ->
     plan, world = job.plan, job.world
     verify_frozen(stage.engine, stage.held_digests, world)
     state = {name: t for name, t in gather_state(stage.engine, world).items() if name not in stage.rounded}
-    if stage.has_tail_only or stage.rounded:
-        base, _ = load_base(plan, world, job.report)
-        state = _with_dropped(stage, base, state) if world.is_first else {}
-    folder = job.folder / "model"
-    on_first(world, lambda: export_model(plan.card, plan.spec.model, plan.data.classes, state, folder, job.tokenizer))
+    base = load_base(plan, world, job.report)[0] if stage.has_tail_only or stage.rounded else None
+
+    def export() -> None:
+        whole = state if base is None else _with_dropped(stage, base, state)
+        folder = job.folder / "model"
+        export_model(plan.card, plan.spec.model, plan.data.classes, whole, folder, job.tokenizer)
+
+    on_first(world, export)
     on_first(world, lambda: save_predictions(evaluations, job.folder / "predictions"))
     return tuple(stage.frozen_digests)
 

@@ -1,0 +1,29 @@
+"""What a run leaves is whole: tensors that no rank held come back from the base model, or not at all."""
+
+import pytest
+import torch
+from torch import nn
+
+from dist_finetune.errors import TrainingError
+from dist_finetune.job import Stage
+from dist_finetune.proof import digest_tensor
+from dist_finetune.save import _with_dropped
+
+
+@pytest.mark.parametrize("changed", [None, "0.weight", "1.running_mean"])
+def test_what_was_dropped_comes_back_from_the_base_model_as_it_was(changed: str | None) -> None:
+    """The first two layers were cached; a bias of theirs had trained in an earlier phase."""
+    base = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    source = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    dropped = {"0.bias": torch.tensor([1.0, 2.0, 3.0])}
+    trained = {name: source[name] + 1 for name in ("2.weight", "2.bias")}
+    digests = {name: digest_tensor((source | dropped)[name]) for name in source if name not in trained}
+    stage = Stage(None, None, {}, digests, dropped, {}, 0.0)  # type: ignore[arg-type]
+    if changed is None:
+        whole = _with_dropped(stage, base, trained)
+        assert list(whole) == list(source)
+        assert all(torch.equal(whole[name], tensor) for name, tensor in (source | dropped | trained).items())
+        return
+    base.state_dict()[changed].view(-1)[0] += 1e-6
+    with pytest.raises(TrainingError, match=f"^{changed} of the base model is not what it was at the start"):
+        _with_dropped(stage, base, trained)
