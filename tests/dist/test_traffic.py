@@ -45,3 +45,11 @@ def test_a_step_sends_what_the_plan_says(ranks: list[dict[str, Any]], strategy: 
             sent = sum(size * SENT_OF_WHOLE[name] for name, size in step)
             # shares are padded to be even: never less than planned, and hardly more
             assert found["planned"] <= sent <= 1.005 * found["planned"] + FEW
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_no_micro_batch_waits_for_a_number(ranks: list[dict[str, Any]], strategy: str) -> None:
+    """Nothing in a step reads one but the model, which asks whether its mask has padding."""
+    for found in (rank[strategy] for rank in ranks):
+        assert found["reads"] == [found["reads_of_model"] * taken for taken in found["taken"]]
+        assert found["reads_of_model"] <= 1
