@@ -155,11 +155,11 @@ def _begin(part: Path, entry: Entry, quota: int) -> None:
         make_room(root, entry.num_bytes, quota)
         missing = entry.num_bytes - sum(512 * path.stat().st_blocks for path in part.glob("*"))
         free = shutil.disk_usage(root).free
+        if free < missing * 1.02:
+            raise NoCut(f"{root} has {free / 2**20:,.0f} MiB free, the cache needs {missing / 2**20:,.0f} MiB")
         part.mkdir(exist_ok=True)
     except OSError as error:
         raise NoCut(error.strerror or str(error)) from None
-    if free < missing * 1.02:
-        raise NoCut(f"{root} has {free / 2**20:,.0f} MiB free, the cache needs {missing / 2**20:,.0f} MiB")
 
 
 def _writers(part: Path, entry: Entry, rank: int) -> dict[str, ShardWriter]:

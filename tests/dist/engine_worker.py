@@ -1,8 +1,8 @@
 """What engines really hold, rank by rank: engine_worker.py CONFIG RESULTS.json STRATEGY...
 
 For each strategy this opens the run's stage as `run.train` does and writes to RESULTS.json.RANK: the fragments that
-this rank updates, the counts that the engine states, whether its check refuses the manifest of another freeze, and how
-many of the engine's tensors are still there once it is closed.
+this rank updates, the counts that the engine states, whether its check refuses the manifest of another freeze, how
+it predicts, and how many of the engine's tensors are still there once it is closed.
 """
 
 import os
@@ -33,7 +33,8 @@ def look(config: str, strategy: str, world: World) -> dict[str, Any]:
     model, _ = load_base(job.plan, job.world, job.report)
     replicated = len(phase.manifest.frozen) if job.plan.costs.frozen_layout == "replicate" else 0
     wider = compile_freeze(FreezeSpec(rule="backbone"), job.plan.structure, model)
-    engine = open_stage(job, phase, None, model).engine
+    stage = open_stage(job, phase, None, model)
+    engine = stage.engine
     held = engine.held()
     counts = {"optimizer": held.optimizer, "gradients": held.gradients, "padding": held.padding}
     mapped = sum("dist-finetune-" in line for line in Path("/proc/self/maps").read_text().splitlines())
@@ -46,11 +47,12 @@ def look(config: str, strategy: str, world: World) -> dict[str, Any]:
         (f.name, f.offset, f.weight.numel(), [f.moments[kind].numel() for kind in sorted(f.moments)])
         for f in engine.fragments()
     ]
+    logits = engine.predict(stage.splits["validation"].first_batch()["inputs"])
     moments = [moment for f in engine.fragments() for moment in f.moments.values()]
     tensors = [*engine.module.parameters(), *(m if m._base is None else m._base for m in moments)]
     left = [weakref.ref(tensor) for tensor in tensors]
     num_buffers = len(list(model.buffers()))
-    del model, held, moments, tensors
+    del model, stage, held, moments, tensors
     engine.close()
     sizes = {r.name: r.num_elements for r in phase.manifest.records if r.kind == "parameter"}
     return {
@@ -58,6 +60,7 @@ def look(config: str, strategy: str, world: World) -> dict[str, Any]:
         "trainable": phase.manifest.trainable, "sizes": sizes, "refusal": refusal,
         "mapped": mapped, "buffers": num_buffers, "replicated": replicated,
         "held": len(left), "left": sum(tensor() is not None for tensor in left),
+        "inference": logits.is_inference(), "graph": logits.requires_grad,
     }  # fmt: skip
 
 

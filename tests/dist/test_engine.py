@@ -69,6 +69,15 @@ def test_counts_are_the_plans_and_padding(
     assert max(rank["optimizer"] for rank in ranks) < trainable or num_processes == 1
 
 
+@pytest.mark.parametrize(("num_processes", "strategy"), WAYS)
+def test_predictions_come_without_autograd(
+    held: dict[int, list[dict[str, Any]]], num_processes: int, strategy: str
+) -> None:
+    """In inference mode where weights lie whole; those that are gathered for a pass can't be inference tensors."""
+    for rank in held[num_processes]:
+        assert (rank[strategy]["inference"], rank[strategy]["graph"]) == (strategy not in ("zero3", "fsdp"), False)
+
+
 @pytest.mark.parametrize("strategy", ["zero3", "fsdp"])
 def test_no_whole_tensor_of_the_load_outlives_sharding(held: dict[int, list[dict[str, Any]]], strategy: str) -> None:
     """A process that reads alone maps nothing; of a node's shared tensors stay those that each rank keeps whole."""

@@ -5,13 +5,16 @@ import os
 import resource
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from dist_finetune.cache.cut import ACTIVATION
+from dist_finetune.cache import fill
+from dist_finetune.cache.cut import ACTIVATION, NoCut
 from dist_finetune.cache.entries import META, clear, list_entries, make_room
+from dist_finetune.cache.fill import Entry
 from dist_finetune.cache.rows import CachedCollate, CachedRows
 from dist_finetune.cache.store import Layout, ShardWriter, StoredRows
 from dist_finetune.cli import main
@@ -115,6 +118,22 @@ def test_a_disk_that_is_too_small_says_so_before_anything_is_written(tmp_path: P
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_disk_without_the_room_is_seen_before_it_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a fill that was stopped has there already is not asked for again."""
+    part, made = tmp_path / ".abc.1x64", Layout(1, (MIB,), "fp32", 1, None, np.zeros(1, np.uint16))
+    wanted, free = Entry(tmp_path / "abc", {}, {"train": made}), [3 * MIB]
+    monkeypatch.setattr(fill.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[0]))
+    with pytest.raises(NoCut, match="has 3 MiB free, the cache needs 4 MiB"):
+        fill._begin(part, wanted, quota=10 * MIB)
+    assert list(tmp_path.iterdir()) == []
+    free[0] = 5 * MIB
+    fill._begin(part, wanted, quota=10 * MIB)
+    ShardWriter(part, "train", 0, made)
+    free[0] = 0
+    fill._begin(part, wanted, quota=10 * MIB)
+    assert [path.name for path in part.iterdir()] == ["train-00000.bin"]
 
 
 @pytest.mark.parametrize("pads_left", [False, True])

@@ -1,6 +1,7 @@
 """Encoded text equals what the tokenizer gives row by row; batches are padded as models expect."""
 
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import CanineTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dist_finetune.data import text
+from dist_finetune.data.encode import encode_table
 from dist_finetune.data.text import collate_text, encode_text
+from dist_finetune.plan import DataPlan
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghij"]
 SENTENCES = ["a b c", "d", "e f g h i j a b", "", "a b c d e f"]
@@ -85,6 +88,15 @@ def test_batches_are_padded_to_a_multiple(tokenizer: PreTrainedTokenizerBase) ->
     assert torch.equal(inputs["input_ids"], expected["input_ids"].masked_fill(expected["attention_mask"] == 0, 9))
     assert collate_text([rows[2]], 0)["inputs"]["input_ids"].shape == (1, 16)
     assert collate_text([rows[2]], 0, max_length=14)["inputs"]["input_ids"].shape == (1, 14)
+
+
+@pytest.mark.parametrize(("device", "width"), [("cuda", 8), ("cpu", 5)])
+def test_only_a_gpu_has_batches_padded_to_eights(
+    tokenizer: PreTrainedTokenizerBase, device: Literal["cpu", "cuda"], width: int
+) -> None:
+    data = DataPlan({}, ("0", "1"), "text", ("text",), ("label",), "", 14, None, 0)
+    rows = encode_table(TABLE, data, None, device, tokenizer)
+    assert rows.first_batch()["inputs"]["input_ids"].shape == (2, width)
 
 
 def test_left_padding(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -63,7 +63,9 @@ def test_groups_hold_each_trainable_parameter_once_and_none_is_empty(
     assert sum(group.num_params for group in groups) == manifest.num_trainable
     assert len({(group.lr, group.weight_decay, group.since_phase) for group in groups}) == len(groups)
     apply_freeze(bert, manifest)
-    held = {id(p) for group in build_optimizer(bert, groups).param_groups for p in group["params"]}
+    optimizer = build_optimizer(bert, groups)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in bert.parameters() if p.requires_grad}
     assert len(held) == len(manifest.trainable)
 

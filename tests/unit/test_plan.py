@@ -114,10 +114,11 @@ def test_offloading_is_shown_and_named_where_nothing_else_fits(folder):
 
 def test_a_micro_batch_is_the_largest_divisor_that_fits(folder):
     spec = spec_of(folder, shard={"strategy": "ddp"})
-    whole = make_plan(spec, gpus(1, 10_000)).memory["ddp"]
-    assert whole.micro_batch_size == 64
+    roomy = make_plan(spec, gpus(1, 10_000))
+    whole = roomy.memory["ddp"]
+    assert (whole.micro_batch_size, roomy.batches.eval_batch_size) == (64, 128)
     plan = make_plan(spec, gpus(1, (whole.peak - whole.activations / 3) / 0.92 / MIB))
-    assert plan.batches.micro_batch_size == 32
+    assert (plan.batches.micro_batch_size, plan.batches.eval_batch_size) == (32, 64)
     assert plan.batches.gradient_accumulation_steps == 2
     assert plan.memory["ddp"].activations < whole.activations
     assert plan.deepspeed == (None,)
