@@ -203,7 +203,7 @@ def test_two_jobs_share_two_nodes(cluster: Cluster, config: WriteConfig, tmp_pat
 
 @pytest.mark.slow
 def test_a_sweep_is_a_job_array(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
-    path = config("sweep")
+    path = config("sweep", cache="on")
     job = cluster.submit(
         tmp_path, str(path), "--gpus-per-node", "0", "--sweep", "train.lr=1e-4,3e-4", "--sweep", "freeze.layers=0"
     )
@@ -212,6 +212,8 @@ def test_a_sweep_is_a_job_array(cluster: Cluster, config: WriteConfig, tmp_path:
     assert [run.name for run in runs] == ["000-lr=1e-4,layers=0", "001-lr=3e-4,layers=0"]
     assert all(read_json(run / "summary.json")["status"] == "finished" for run in runs)
     assert losses(runs[0]) != losses(runs[1])
+    told = [(run / "log.txt").read_text(encoding="utf-8") for run in runs]
+    assert sorted(("cache built" in text, "cache reused" in text) for text in told) == [(False, True), (True, False)]
     logs = sorted(p.name for p in (tmp_path / "runs" / "sweep" / "logs").glob("*.out"))
     assert logs == [f"slurm-{job}_0.out", f"slurm-{job}_1.out"]
 
