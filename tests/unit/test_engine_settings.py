@@ -66,10 +66,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         'freeze: {embeddings: true, layers: "0"}\ntrain: {precision: fp32}\n'
     )
     (folder / "settings_model.py").write_text(SCALED)
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.syspath_prepend(folder)
-    yield folder / "c.yaml"
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(folder)
+        yield folder / "c.yaml"
 
 
 def plan_of(config: Path, *overrides: str, world_size: int = 2, **topology: Any) -> Plan:
