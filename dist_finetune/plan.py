@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -245,6 +245,17 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
     return Plan(
         spec, topology, card, data, structure, phases, batches, precision, strategy, reason, costs, deepspeed, cache
     )
+
+
+def with_micro_batch(plan: Plan, tables: Tables, rows: int) -> Plan:
+    """The plan with fewer rows in a micro-batch, which divide its own. The strategy stays as chosen: one that takes
+    more memory, and by the numbers would do with these rows, is not the one that was tried with them."""
+    spec = plan.spec
+    train = spec.train.model_copy(update={"micro_batch_size": rows})
+    shard = spec.shard.model_copy(update={"strategy": plan.strategy})
+    again = plan_run(spec.model_copy(update={"train": train, "shard": shard}), plan.topology, tables)
+    batches = plan_batches(spec, plan.topology, plan.data, rows_per_rank(spec, plan.topology), rows)
+    return replace(again, spec=spec, strategy_reason=plan.strategy_reason, batches=batches)
 
 
 def _ways(spec: Spec, strategy: Strategy, structure: Structure, world_size: int) -> list[Way]:

@@ -11,7 +11,7 @@ from dist_finetune.finish import finish_run
 from dist_finetune.job import Job
 from dist_finetune.launchers.brought import refuse_launcher_settings
 from dist_finetune.models.sources import load_tokenizer
-from dist_finetune.plan import Plan, plan_run
+from dist_finetune.plan import Plan, plan_run, with_micro_batch
 from dist_finetune.plan_text import plan_lines, plan_notes
 from dist_finetune.proof import verify_frozen
 from dist_finetune.report import Reporter
@@ -115,6 +115,4 @@ def _tried(plan: Plan, tables: Tables, world: World, report: Reporter) -> Plan:
     if rows == planned:
         return plan
     report.notes([f"micro-batch {rows}: the planned {planned} ran out of memory when tried"])
-    train = plan.spec.train.model_copy(update={"micro_batch_size": rows})
-    spec = plan.spec.model_copy(update={"train": train})
-    return together(lambda: plan_run(spec, plan.topology, tables))
+    return together(lambda: with_micro_batch(plan, tables, rows))

@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,11 @@ from dist_finetune.cli import main
 from dist_finetune.data.tables import read_tables
 from dist_finetune.plan import Plan, make_plan, plan_run
 from dist_finetune.plan_text import cost_lines, plan_lines, plan_notes, render_plan
-from dist_finetune.spec import Spec
+from dist_finetune.report import Reporter
+from dist_finetune.run import _tried
+from dist_finetune.spec import LaunchSpec, Spec
 from dist_finetune.topology import Topology
+from dist_finetune.world import join_world
 
 MIB = 2**20
 
@@ -124,6 +129,28 @@ def test_a_micro_batch_is_the_largest_divisor_that_fits(folder):
     assert plan.deepspeed == (None,)
 
 
+def test_a_run_takes_the_micro_batch_that_ran_when_it_was_tried(folder, monkeypatch, capsys):
+    """And the strategy that it was tried with, where the plan of so few rows alone takes one that holds more."""
+    spec = spec_of(folder, freeze="none")
+    tables = read_tables(spec.data, 0)
+    plan, tried = plan_run(spec, gpus(4, 60), tables), []
+    with join_world(LaunchSpec()) as world:
+        for rows in (8, 4):
+            monkeypatch.setattr("dist_finetune.run.tried_micro_batch", lambda plan, world, rows=rows: rows)
+            tried.append(_tried(plan, tables, world, Reporter(True)))
+    whole, half = tried
+    assert whole is plan
+    assert (plan.batches.micro_batch_size, plan.batches.gradient_accumulation_steps) == (8, 2)
+    assert half.batches == replace(
+        plan.batches, micro_batch_size=4, gradient_accumulation_steps=4, micro_batch_tokens=4 * 64
+    )
+    assert (half.strategy, half.strategy_reason) == (plan.strategy, plan.strategy_reason)
+    ddp = plan.memory["ddp"]
+    assert (ddp.micro_batch_size, ddp.fits, ddp.peak > plan.memory[plan.strategy].peak) == (4, True, True)
+    assert half.memory[plan.strategy].peak < plan.memory[plan.strategy].peak
+    assert capsys.readouterr().out == "note: micro-batch 4: the planned 8 ran out of memory when tried\n"
+
+
 def test_a_strategy_that_does_not_fit_ends_with_code_1_and_a_way_out(folder, capsys):
     arguments = ["plan", str(folder / "plan.yaml"), "--gpus-per-node", "8", "--gpu-memory", "20MiB"]
     with pytest.raises(SystemExit) as ended:
@@ -153,6 +180,19 @@ def test_json_holds_every_strategy_and_4096_ranks_are_planned(folder, capsys):
     assert plan["memory"]["zero1"]["state"]["optimizer"] == pytest.approx(2 * trainable / 4096, rel=0.05)
     assert plan["costs"]["host_bytes_per_node"] > 8 * trainable
     assert plan["costs"]["forecast"]["speedup"] > 1.5
+
+
+def test_what_gradient_checkpointing_would_change_is_told_in_numbers(folder):
+    train = {"global_batch_size": 64, "micro_batch_size": 16}
+    plain, recomputed = (
+        make_plan(spec_of(folder, freeze="none", train={**train, "gradient_checkpointing": on})) for on in (False, True)
+    )
+    for plan, other, way in ((plain, recomputed, "with"), (recomputed, plain, "without")):
+        ours, theirs = (f"{p.costs.activations.at(16) / MIB:,.1f}" for p in (plan, other))
+        (line,) = [line for line in cost_lines(plan) if line.startswith("activations")]
+        assert line.startswith(f"activations {ours} MiB for 16 rows (")
+        assert line.endswith(f", {theirs} {way} train.gradient_checkpointing")
+    assert recomputed.costs.activations.at(16) < 0.6 * plain.costs.activations.at(16)
 
 
 def test_frozen_weights_that_every_rank_keeps_are_named(folder):
@@ -271,7 +311,8 @@ def test_json_tells_by_part_and_phase_what_is_frozen_and_the_rates(folder):
 
 
 def test_the_plan_shows_what_each_rule_took(folder: Path) -> None:
-    plan = make_plan(spec_of(folder, freeze={"embeddings": True, "layers": "first 6", "except": ["*.bias"]}))
+    freeze = {"embeddings": True, "layers": "first 6", "except": ["*.bias"]}
+    plan = make_plan(spec_of(folder, freeze=freeze, train={"global_batch_size": 64, "lr": 2e-5, "head_lr": 1e-3}))
     console = Console(width=200, file=io.StringIO())
     console.print(render_plan(plan))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
@@ -280,6 +321,10 @@ def test_the_plan_shows_what_each_rule_took(folder: Path) -> None:
     assert f"embeddings: {embeddings.num_tensors} tensors, {embeddings.num_params:,}" in shown
     assert f'layers "first 6": {layers.num_tensors} tensors, {layers.num_params:,}' in " ".join(shown.split())
     assert f"except *.bias: {excepted.num_tensors} tensors, {excepted.num_params:,}" in " ".join(shown.split())
+    rows = {row[0]: row[2:] for row in (re.split(r" *[│┃] *", line)[1:-1] for line in shown.splitlines()) if row}
+    assert rows["block 5"] == ["198,272", "196,864", "2e-05"]  # of 128 and 512 features: 1,408 are biases
+    assert rows["block 6"] == ["198,272", "0", "2e-05"]
+    assert rows["head"] == ["387", "0", "0.001"]
 
 
 def test_what_trains_below_frozen_blocks_is_told_with_what_freezing_it_would_gain(folder):
