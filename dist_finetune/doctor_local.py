@@ -156,7 +156,7 @@ def gpu_findings(local_world_size: int) -> list[Finding]:
             Finding(
                 "warn",
                 "GPUs",
-                f"{text}; {local_world_size} processes on this machine use as many",
+                f"{text}; processes on this machine: {local_world_size}, a GPU each",
                 f"start {visible} processes a machine, or hide the others with CUDA_VISIBLE_DEVICES",
             )
         ]

@@ -10,9 +10,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from harness import free_port, outputs
 
 from dist_finetune.cache.decide import CacheDecision
@@ -20,17 +22,20 @@ from dist_finetune.cli import main
 from dist_finetune.doctor_local import (
     Finding,
     disk_finding,
+    gpu_findings,
     hub_finding,
     most_cache_bytes,
     version_findings,
     wandb_finding,
 )
+from dist_finetune.doctor_ranks import agreement_findings
 from dist_finetune.errors import UserError
 from dist_finetune.plan import Plan
 from dist_finetune.preflight import interface_to
 from dist_finetune.price import GpuPrice, cost_lines, read_prices, run_costs
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec
+from dist_finetune.world import World
 
 CSV = "text,label\n" + "".join(f"word {i} good,a\nword {i} bad,b\n" for i in range(30))
 JOIN = """
@@ -137,6 +142,46 @@ def test_torchvision_of_another_torch_is_named(monkeypatch: pytest.MonkeyPatch) 
     found = [f for f in version_findings() if "torchvision" in f.text]
     assert len(found) == 1
     assert "is built for torch" in found[0].text
+
+
+@pytest.mark.parametrize(
+    ("present", "visible", "processes", "state", "words"),
+    [
+        (4, 0, 4, "fail", r"4 are there, but torch \S+ \(built for .*\) can use none"),
+        (4, 2, 4, "fail", r"2 x H100, 80 GiB, but 4 were given to the job \(SLURM_GPUS_ON_NODE\)"),
+        (4, 4, 1, "warn", r"4 x H100, 80 GiB; processes on this machine: 1, a GPU each"),
+        (4, 4, 4, "ok", r"4 x H100, 80 GiB"),
+    ],
+)
+def test_gpus_are_told_against_those_given_and_the_processes(
+    present: int, visible: int, processes: int, state: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:  # with none of those that were given, the words are another test's
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    monkeypatch.setattr("dist_finetune.doctor_local.count_gpus", lambda: present)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: visible > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "H100")
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 0, 2**40))
+    (finding,) = gpu_findings(processes)
+    assert (finding.state, finding.about) == (state, "GPUs")
+    assert re.fullmatch(words, finding.text), finding.text
+    assert bool(finding.todo) == (state != "ok")
+
+
+def test_ranks_with_different_kinds_of_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {"A100": "H100"}  # all else is the same on the other rank
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "A100")
+    monkeypatch.setattr(
+        "dist_finetune.doctor_ranks.gather_objects", lambda mine: [mine, others[mine] if mine == "A100" else mine]
+    )
+    world = World("torchrun", 0, 0, 2, 2, torch.device("cuda", 0))
+    (finding,) = agreement_findings(world)
+    assert (finding.state, finding.text) == ("warn", "ranks have different ones: A100, H100")
+    others["A100"] = "A100"
+    assert agreement_findings(world) == []
 
 
 def test_a_full_disk_is_told_against_the_plan(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
