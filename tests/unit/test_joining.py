@@ -6,12 +6,16 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from harness import free_port, outputs
 
+from dist_finetune import world
+from dist_finetune.errors import UserError
 from dist_finetune.launchers.environment import LaunchedAs, cpu_threads, granted_gpus
 
 REPOSITORY = Path(__file__).parents[2]
@@ -57,6 +61,51 @@ def python(code: str, *, timeout_s: float = 90, **env: str) -> subprocess.Comple
 )
 def test_gpus_that_a_scheduler_gave(env: dict[str, str], granted: int) -> None:
     assert granted_gpus(env)[0] == granted
+
+
+@pytest.mark.parametrize(("visible", "index"), [(8, 3), (4, 3), (1, 0)])
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one(
+    visible: int, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = show_gpus(visible, monkeypatch)
+    assert world._device(3, local_world_size=4) == torch.device("cuda", index)
+    assert taken == [index]
+
+
+def test_fewer_gpus_than_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = show_gpus(2, monkeypatch)
+    with pytest.raises(UserError, match=r"4 processes on \S+, but 2 visible GPUs: start 2 processes a node, or make"):
+        world._device(0, local_world_size=4)
+    assert taken == []
+
+
+def show_gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As if torch saw so many GPUs; those that are taken."""
+    taken: list[int] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("host", "gpu", "words"),
+    [
+        ("n0", "GPU-a", r"ranks \[0, 1\] on n0 would share one GPU \(GPU-a\): give each task its own"),
+        ("n0", "GPU-b", None),
+        ("n1", "GPU-a", None),
+    ],
+)
+def test_two_ranks_on_one_gpu_are_refused(
+    host: str, gpu: str, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(uuid="GPU-a"))
+    monkeypatch.setattr(socket, "gethostname", lambda: "n0")
+    monkeypatch.setattr(world, "gather_objects", lambda mine: [mine, (1, 2, host, gpu)])
+    with pytest.raises(UserError, match=words) if words else nullcontext():
+        world._check_ranks(world.World("torchrun", 0, 0, 2, 2, torch.device("cuda", 0)))
 
 
 JOIN = """
