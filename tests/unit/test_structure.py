@@ -1,6 +1,7 @@
 """The structure map, family by family, on the meta device: depth, stem, neck and head, and that all adds up."""
 
 import io
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dist_finetune.cli import main
 from dist_finetune.data.image_input import ImageInput
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.order import visit_order
@@ -200,23 +202,25 @@ def part(structure: Structure, kind: str) -> Part | None:
     return next((p for p in structure.parts if p.kind == kind), None)
 
 
-def assert_holds(found: Part | None, paths: str, names: list[str]) -> None:
-    """The part has exactly the parameters below the space-separated `paths`; each of the paths has some."""
-    under = {path: [n for n in names if n == path or n.startswith(path + ".")] for path in paths.split()}
+def assert_holds(found: Part | None, paths: str, model: nn.Module) -> None:
+    """The part has exactly the parameters below the space-separated `paths`, and as many elements as these; each of the
+    paths has some."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    under = {path: [n for n in tensors if n == path or n.startswith(path + ".")] for path in paths.split()}
     assert all(under.values()), under
     wanted = {name for group in under.values() for name in group}
     assert set(found.parameters if found else ()) == wanted
+    assert (found.num_params if found else 0) == sum(p.numel() for p in {tensors[name] for name in wanted})
 
 
 def assert_expected(model: nn.Module, expected: Expected) -> Structure:
     structure = structure_of(model)
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     assert structure.depth == expected.depth
-    assert_holds(part(structure, "embeddings"), expected.first, names)
-    assert_holds(structure.blocks[0], expected.blocks[0], names)
-    assert_holds(structure.blocks[-1], expected.blocks[1], names)
-    assert_holds(part(structure, "neck"), expected.neck, names)
-    assert_holds(part(structure, "head"), expected.head, names)
+    assert_holds(part(structure, "embeddings"), expected.first, model)
+    assert_holds(structure.blocks[0], expected.blocks[0], model)
+    assert_holds(structure.blocks[-1], expected.blocks[1], model)
+    assert_holds(part(structure, "neck"), expected.neck, model)
+    assert_holds(part(structure, "head"), expected.head, model)
     assert part(structure, "other") is None
     assert_adds_up(model, structure)
     return structure
@@ -275,7 +279,7 @@ def test_image_families_that_name_no_base_or_downsample_behind_a_stage(family: s
         model = AutoModelForImageClassification.from_config(AutoConfig.for_model(family))
     structure = structure_of(model)
     assert structure.depth == depth
-    assert_holds(part(structure, "head"), head, [name for name, _ in model.named_parameters()])
+    assert_holds(part(structure, "head"), head, model)
     assert part(structure, "other") is None
     assert_adds_up(model, structure)
 
@@ -454,3 +458,13 @@ def test_inspect_prints_parts_ties_and_notes() -> None:
     assert "bert.encoder.layer.1" in text
     assert f"{structure.num_params:,}" in text
     assert "one tensor: bert.embeddings.word_embeddings.weight = cls.predictions.decoder.weight" in text
+
+
+def test_the_command_inspect_shows_a_models_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", "timm:test_resnet"])
+    assert ended.value.code == 0
+    rows = [re.split(" {2,}", line) for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == ["part", "stem", *(f"block {i}" for i in range(4)), "head", "all"]
+    assert rows[2][1:3] == ["layer1", "6"]
+    assert rows[6][1:4] == ["fc", "2", "194"]  # 96 features, two classes
