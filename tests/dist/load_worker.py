@@ -55,20 +55,21 @@ def load(name: str, world: World, weights: str = "pretrained") -> dict[str, Any]
     """What a rank sees of one load, beside a load by itself."""
     spec = ModelSpec(name=name, weights=weights)
     card = describe_model(spec)
-    before = _private_bytes()
+    before, resident = _private_bytes(), _status_bytes("VmRSS")
     try:
         model, provenance, problem = load_once_a_node(
             lambda: load_model(card, spec, CLASSES, seed=3), lambda: build_model(card, spec, CLASSES), world
         )
     except DistFinetuneError as error:
         return {"error": str(error)}
-    grown = _private_bytes() - before
+    grown, at_most = _private_bytes() - before, _status_bytes("VmHWM") - resident
     before = _private_bytes()
     alone, provenance_alone = load_model(card, spec, CLASSES, seed=3)
     grown_alone = _private_bytes() - before
     tensors, expected = _tensors(model), _tensors(alone)
     return {
         "grown": grown,
+        "grown at most": at_most,
         "grown alone": grown_alone,
         "bytes": sum(t.nbytes for t in expected.values()),
         "problem": problem,
@@ -111,6 +112,12 @@ def resume(name: str, world: World) -> dict[str, Any]:
 
 def _private_bytes() -> int:
     return psutil.Process().memory_full_info().uss
+
+
+def _status_bytes(key: str) -> int:
+    """Memory of this process as Linux counts it: VmRSS, what is resident, or VmHWM, the most that ever was."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[key].split()[0]) * 1024
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -8,6 +8,11 @@ import torch
 from harness import finish, read_json, torchrun
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from dist_finetune.data.tables import read_tables
+from dist_finetune.plan import plan_run
+from dist_finetune.spec_file import load_spec
+from dist_finetune.topology import Topology
+
 pytestmark = pytest.mark.dist
 
 WORKER = Path(__file__).with_name("load_worker.py")
@@ -15,8 +20,8 @@ Loads = list[dict[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def loads(tmp_path_factory: pytest.TempPathFactory) -> Loads:
-    """What each of two ranks saw."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A large BERT in bf16 as `good`, the same cut short as `damaged`."""
     folder = tmp_path_factory.mktemp("load")
     config = BertConfig(vocab_size=40_000, hidden_size=768, num_hidden_layers=3, intermediate_size=3072)
     with torch.device("meta"):
@@ -33,6 +38,12 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> Loads:
         BertTokenizerFast.from_pretrained(folder / name).save_pretrained(folder / name)
     weights = folder / "damaged" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: 10**6])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loads(folder: Path) -> Loads:
+    """What each of two ranks saw."""
     done = finish([*torchrun(2), str(WORKER), str(folder), str(folder / "results.json")], 120, folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return [read_json(folder / f"results.json.{rank}") for rank in (0, 1)]
@@ -45,6 +56,16 @@ def test_the_model_is_in_memory_once(loads: Loads) -> None:
     assert reading["grown"] < mapping["bytes"] * 0.6  # what the allocator kept of its own copy
     assert reading["problem"] is mapping["problem"] is None
     assert min(reading["grown alone"], mapping["grown alone"]) > mapping["bytes"] * 0.9
+
+
+def test_a_load_takes_no_more_host_memory_than_planned(loads: Loads, folder: Path) -> None:
+    """At any moment, by both ranks together; pages of a file that are mapped count, too."""
+    rows, data = [f"word {i},{'ab'[i % 2]}" for i in range(9)], folder / "rows.csv"
+    data.write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    spec = load_spec({"name": "x", "model": {"name": str(folder / "good")}, "data": {"train": str(data)}})
+    planned = plan_run(spec, Topology(1, 2), read_tables(spec.data, 0)).costs.host_bytes_per_node
+    grown = [rank["good"]["grown at most"] for rank in loads]
+    assert planned / 2 < sum(grown) <= planned
 
 
 @pytest.mark.parametrize("name", ["good", "tied", "hidden", "full", "no folder"])
