@@ -59,6 +59,12 @@ def test_the_same_numbers_under_every_launcher(launched: dict[str, Run], name: s
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
+def test_run_keeps_the_output_of_each_rank(launched: dict[str, Run]) -> None:
+    first, second = ((launched["run"].folder / "logs" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
+    assert "\nstrategy  zero2: asked for\n" in first
+    assert "strategy  zero2" not in second, "ranks but the first are silent"
+
+
 def test_what_a_launcher_brings_against_the_config_is_named(material: Material, tmp_path: Path) -> None:
     config = write_config(
         tmp_path / "c.yaml", material.text(shard={"strategy": "zero2"}), output=str(tmp_path / "runs")

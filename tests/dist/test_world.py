@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from harness import Job, Run, RunJobs, finish, run_ranks, write_config
@@ -135,4 +136,23 @@ def test_variables_that_do_not_add_up(material: Material, tmp_path, variables: d
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - started < 60
+    assert not (tmp_path / "runs").exists()
+
+
+FIRST_OF_TWO = """
+import os, sys
+from dist_finetune.cli import main
+
+os.environ["WORLD_SIZE"] = "2"
+main(["train", sys.argv[1], "launch.join_timeout=4s"])
+"""
+
+
+def test_a_rank_that_nobody_starts_is_named_by_train(material: Material, tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text(FIRST_OF_TWO)
+    config = write_config(tmp_path / "c.yaml", material.text(), output=str(tmp_path / "runs"))
+    done = run_ranks(1, tmp_path / "code.py", [config], 60, tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    said = "error: rank 1 of 2 did not arrive within 4 s (node 1, counted from 0). Look at the output there"
+    assert said in done.stderr
     assert not (tmp_path / "runs").exists()
