@@ -19,7 +19,7 @@ BATCH_SIZE = 1024
 MIN_EPOCHS, MIN_STEPS = 8, 1000
 LR = 1e-2
 SHARDS_AT_ONCE = 4  # rows are shuffled within so many shards
-HELD_OUT = 10  # every tenth row chooses the weight decay
+HELD_OUT = 10  # one row of ten chooses the weight decay
 
 
 def fit_minibatch(
@@ -35,11 +35,14 @@ def fit_minibatch(
     bias = torch.zeros(len(WEIGHT_DECAYS), num_classes, requires_grad=True)
     decays = torch.tensor(WEIGHT_DECAYS)[:, None, None]
     optimizer = torch.optim.Adam([stacked, bias], lr=LR)
-    num_epochs = max(MIN_EPOCHS, -(-MIN_STEPS * BATCH_SIZE // num_rows))
-    total = num_epochs * max(1, num_rows // BATCH_SIZE)
+    num_steps = max(num_rows // BATCH_SIZE, -(-len(store.paths("train")) // SHARDS_AT_ONCE))  # of an epoch
+    num_epochs = max(MIN_EPOCHS, -(-MIN_STEPS // num_steps))
+    total = num_epochs * num_steps
+    # Drawn, not counted off: classes may follow each other in turn.
+    is_held = np.random.default_rng(seed).permutation(num_rows) % HELD_OUT == 0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.01, 1 - step / total))
     for epoch in range(num_epochs):
-        for features, labels in _batches(store, depth, mean, scale, seed * 1000 + epoch):
+        for features, labels in _batches(store, depth, mean, scale, is_held, seed * 1000 + epoch):
             scores = torch.einsum("nd,kcd->nkc", features, stacked) + bias
             losses = _losses(kind, scores, labels, class_weights)
             loss = losses.sum() + (decays * stacked.square()).sum()
@@ -50,7 +53,7 @@ def fit_minibatch(
     heads = [
         _unstandardised(w, b, mean, scale) for w, b in zip(stacked.detach().numpy(), bias.detach().numpy(), strict=True)
     ]
-    best, accuracy, temperature = _choose(heads, store, depth)
+    best, accuracy, temperature = _choose(heads, store, depth, is_held)
     head = LinearHead(temperature * heads[best].weight, temperature * heads[best].bias)
     fit_s = time.perf_counter() - started_s
     return HeadFit(depth, kind, WEIGHT_DECAYS[best], accuracy, fit_s, True, head, None, temperature)
@@ -78,7 +81,7 @@ def _moments(store: Store, depth: str, num_classes: int) -> tuple[np.ndarray, np
 
 
 def _batches(
-    store: Store, depth: str, mean: np.ndarray, scale: np.ndarray, seed: int
+    store: Store, depth: str, mean: np.ndarray, scale: np.ndarray, is_held: np.ndarray, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Standardised float32 features (B, D) and labels (B,) of the rows that are not held out, shuffled."""
     rng = np.random.default_rng(seed)
@@ -87,7 +90,7 @@ def _batches(
     for start in range(0, num_shards, SHARDS_AT_ONCE):
         group = [store.shard("train", int(n), depth) for n in order[start : start + SHARDS_AT_ONCE]]
         ids, features, labels = (np.concatenate(parts) for parts in zip(*group, strict=True))
-        kept = rng.permutation(np.flatnonzero(ids % HELD_OUT))
+        kept = rng.permutation(np.flatnonzero(~is_held[ids]))
         for first in range(0, len(kept), BATCH_SIZE):
             rows = kept[first : first + BATCH_SIZE]
             yield torch.from_numpy((features[rows] - mean) / scale).float(), torch.from_numpy(labels[rows])
@@ -111,12 +114,12 @@ def _unstandardised(weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, scal
     return LinearHead(weight, bias - weight @ mean)
 
 
-def _choose(heads: list[LinearHead], store: Store, depth: str) -> tuple[int, float, float]:
+def _choose(heads: list[LinearHead], store: Store, depth: str, is_held: np.ndarray) -> tuple[int, float, float]:
     """The best head on the held-out rows (the most regularised of equals), its accuracy and temperature."""
     held: list[list[np.ndarray]] = [[] for _ in heads]
     labels = []
     for ids, features, targets in store.shards("train", depth):
-        rows = ids % HELD_OUT == 0
+        rows = is_held[ids]
         labels.append(targets[rows])
         for scores, head in zip(held, heads, strict=True):
             scores.append(head.scores(features[rows]))

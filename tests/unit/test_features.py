@@ -313,12 +313,13 @@ def stored(folder: Path, features: Any, labels: Any, shard_rows: int = 100) -> S
     return store
 
 
-@pytest.mark.parametrize("kind", ["softmax", "svm"])
-def test_minibatch_heads_come_close_to_scikit_learns(kind: Any, tmp_path: Path) -> None:
-    features, labels = blobs(4000, 3)
+@pytest.mark.parametrize(("kind", "num_classes"), [("softmax", 3), ("svm", 3), ("softmax", 10)])
+def test_minibatch_heads_come_close_to_scikit_learns(kind: Any, num_classes: int, tmp_path: Path) -> None:
+    """Of ten classes in turn, as in many files, every tenth row would be of one class."""
+    features, labels = blobs(4000, num_classes)
     store = stored(tmp_path, features, labels)
-    exact = fit_head(kind, "head", features, labels, 3, None, seed=0)
-    fit = fit_minibatch(kind, "head", store, 4000, 3, None, seed=0)
+    exact = fit_head(kind, "head", features, labels, num_classes, None, seed=0)
+    fit = fit_minibatch(kind, "head", store, 4000, num_classes, None, seed=0)
     accuracies = [np.mean(f.scores(features).argmax(1) == labels) for f in (exact, fit)]
     assert accuracies[0] > 0.7
     assert abs(accuracies[1] - accuracies[0]) < 0.02
