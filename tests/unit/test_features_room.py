@@ -1,13 +1,25 @@
 """What of features is held at once: a batch's tokens while they are computed, all rows while a head is fitted."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from material import NUM_VALIDATION, Material, write_material
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dist_finetune.data.loading import Rows
+from dist_finetune.features import minibatch, run
 from dist_finetune.features.extract import plan_shards
 from dist_finetune.features.room import available_bytes, fits
+from dist_finetune.spec_file import load_spec
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    return write_material(tmp_path_factory.mktemp("material"))
 
 
 def test_features_beyond_memory_are_not_fitted_in_memory() -> None:
@@ -32,3 +44,34 @@ def test_batches_are_cut_by_tokens_as_well_as_rows() -> None:
     shards = plan_shards(rows, batch_size=16)
     assert {len(batch) for shard in shards for batch in shard.batches} == {8}
     assert sorted(np.concatenate([shard.ids for shard in shards])) == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "kind"), [("MAX_EXACT_ROWS", 10, "softmax"), ("available_bytes", lambda: 0, "svm")]
+)
+def test_the_model_of_a_head_fitted_from_disk_predicts_as_that_head(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: Any, kind: str
+) -> None:
+    """Beyond so many rows, and beyond memory."""
+    monkeypatch.setattr(run, limit, value)
+    monkeypatch.setattr(minibatch, "MIN_STEPS", 100)
+    monkeypatch.setattr(minibatch, "WEIGHT_DECAYS", (2e-4, 2e-2))  # none of scikit-learn's values
+    config = material.text(task="features", freeze="none", features={"at": ["head"], "heads": [kind]})
+    summary = run.compare_heads(load_spec({**config, "output": str(tmp_path), "name": "large"}))
+    assert summary.best == summary.folded == summary.results[0]
+    assert summary.best.regularisation in minibatch.WEIGHT_DECAYS
+    assert summary.num_rows_predicted_alike == NUM_VALIDATION
+    head = load_file(summary.folder / "heads" / "linear.safetensors")
+    stored = [load_file(path) for path in sorted(Path(summary.features, "validation").iterdir())]
+    ids, features, labels = (torch.cat([shard[name] for shard in stored]) for name in ("ids", "head", "labels"))
+    scores = features.double() @ head[f"head/{kind}/weight"].T + head[f"head/{kind}/bias"]
+    right = (scores.argmax(1) == labels).double().mean().item()
+    assert summary.metrics == {"eval/accuracy": pytest.approx(right)}
+    assert len(scores.argmax(1).unique()) == 3
+    model = AutoModelForSequenceClassification.from_pretrained(summary.folder / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(summary.folder / "model")
+    texts = [line.rsplit(",", 1)[0] for line in material.validation.read_text().splitlines()[1:]]
+    with torch.no_grad():
+        logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits[ids]
+    torch.testing.assert_close(logits.double(), scores, rtol=1e-4, atol=1e-4)
+    assert logits.argmax(1).equal(scores.argmax(1))
