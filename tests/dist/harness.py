@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -82,6 +83,13 @@ def read_json(path: Path) -> Any:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def stored_features(store: Path, split: str, depth: str) -> tuple[np.ndarray, np.ndarray]:
+    """Features and labels in dataset order, read without the program."""
+    shards = [load_file(path) for path in sorted((store / split).glob("0*"))]
+    order = torch.cat([s["ids"] for s in shards]).argsort()
+    return torch.cat([s[depth] for s in shards])[order].numpy(), torch.cat([s["labels"] for s in shards])[order].numpy()
 
 
 def clean_environment(**more: str) -> dict[str, str]:

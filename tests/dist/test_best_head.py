@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import Run, read_json
+from harness import Run, read_json, stored_features
 from material import NUM_VALIDATION, NUM_VALIDATION_IMAGES, Material
 from safetensors.torch import load_file
 
@@ -43,11 +43,9 @@ def headed(material: Material, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 def features_of(run: Run, split: str, depth: str) -> tuple[np.ndarray, np.ndarray]:
-    """float64 features and labels in dataset order, read without the program."""
-    shards = [load_file(path) for path in sorted(Path(run.summary["features"], split).glob("0*"))]
-    order = torch.cat([s["ids"] for s in shards]).argsort()
-    features = torch.cat([s[depth] for s in shards])[order].double()
-    return features.numpy(), torch.cat([s["labels"] for s in shards])[order].numpy()
+    """float64 features and labels in dataset order."""
+    features, labels = stored_features(Path(run.summary["features"]), split, depth)
+    return features.astype(np.float64), labels
 
 
 def scikit_learns(run: Run) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from harness import Job, Run, RunJobs, command, finish, read_json, write_config
+from harness import Job, Run, RunJobs, command, finish, read_json, stored_features, write_config
 from material import NUM_IMAGES, NUM_TRAIN, NUM_VALIDATION, NUM_VALIDATION_IMAGES, Material
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -38,10 +38,7 @@ def feature_runs(material: Material, runs: RunJobs) -> dict[str, Run]:
 
 
 def features_of(run: Run, split: str, depth: str) -> tuple[np.ndarray, np.ndarray]:
-    """Features and labels in dataset order, read without the program."""
-    shards = [load_file(p) for p in sorted(Path(run.folder.parents[1], run.summary["features"], split).glob("0*"))]
-    order = torch.cat([s["ids"] for s in shards]).argsort()
-    return torch.cat([s[depth] for s in shards])[order].numpy(), torch.cat([s["labels"] for s in shards])[order].numpy()
+    return stored_features(Path(run.folder.parents[1], run.summary["features"]), split, depth)
 
 
 @pytest.mark.parametrize("num", [2, 4])
