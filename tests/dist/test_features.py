@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from harness import Job, Run, RunJobs, command, finish, read_json, stored_features, write_config
-from material import NUM_IMAGES, NUM_TRAIN, NUM_VALIDATION, NUM_VALIDATION_IMAGES, Material
+from material import NUM_IMAGES, NUM_TRAIN, NUM_VALIDATION, NUM_VALIDATION_IMAGES, Material, write_sentences
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -21,13 +21,16 @@ pytestmark = pytest.mark.dist
 
 FEATURES = {"task": "features", "freeze": "none"}
 BATCH = {"train": {"eval_batch_size": 4}}
+NUM_TEST = 29
 
 
 @pytest.fixture(scope="module")
 def feature_runs(material: Material, runs: RunJobs) -> dict[str, Run]:
-    """A BERT and a CNN at 1, 2 and 4 processes."""
+    """A BERT, with test rows, and a CNN at 1, 2 and 4 processes."""
+    test = material.folder / "features_test.csv"
+    write_sentences(test, NUM_TEST, seed=2)
     jobs = {
-        "text": material.text(**FEATURES, **BATCH, features={"class_weight": "balanced"}),
+        "text": material.text(**FEATURES, **BATCH, features={"class_weight": "balanced"}, data={"test": str(test)}),
         "image": material.image(**FEATURES, **BATCH, features={"heads": ["softmax", "svm"], "pool": "pyramid"}),
     }
     found: dict[str, Run] = {}
@@ -47,13 +50,13 @@ def test_features_are_bit_identical_at_any_number_of_processes(
     feature_runs: dict[str, Run], kind: str, num: int
 ) -> None:
     one, many = feature_runs[f"{kind}-1"], feature_runs[f"{kind}-{num}"]
-    rows = {"text": (NUM_TRAIN, NUM_VALIDATION), "image": (NUM_IMAGES, NUM_VALIDATION_IMAGES)}[kind]
+    rows = {"text": (NUM_TRAIN, NUM_VALIDATION, NUM_TEST), "image": (NUM_IMAGES, NUM_VALIDATION_IMAGES)}[kind]
     assert (one.summary["world_size"], many.summary["world_size"]) == (1, num)
     assert one.summary["extracted_rows"] == many.summary["extracted_rows"] == sum(rows)
     depths = list(dict.fromkeys(result["depth"] for result in one.summary["results"]))
     assert depths[0] == "stem"
     assert depths[-1] == "head"
-    for split, num_rows in zip(("train", "validation"), rows, strict=True):
+    for split, num_rows in zip(("train", "validation", "test"), rows, strict=kind == "text"):
         for depth in depths:
             ours, labels = features_of(one, split, depth)
             theirs, their_labels = features_of(many, split, depth)
@@ -85,6 +88,21 @@ def test_the_exported_bert_predicts_what_scikit_learn_does(feature_runs: dict[st
     assert predicted == expected.tolist()
     assert run.summary["num_rows_predicted_alike"] == NUM_VALIDATION
     assert sorted(model.config.label2id) == ["food", "music", "weather"]
+
+
+def test_every_head_is_measured_on_the_test_rows(feature_runs: dict[str, Run]) -> None:
+    run = feature_runs["text-2"]
+    heads = load_file(run.folder / "heads" / "linear.safetensors")
+    linear = [result for result in run.summary["results"] if result["head"] != "rbf-svm"]
+    assert len(linear) == 5 * 2
+    for result in linear:
+        features, labels = features_of(run, "test", result["depth"])
+        weight, bias = (heads[f"{result['depth']}/{result['head']}/{part}"].numpy() for part in ("weight", "bias"))
+        right = np.sum((features.astype(np.float64) @ weight.T + bias).argmax(1) == labels)
+        assert (result["test_accuracy"], len(labels)) == (right / NUM_TEST, NUM_TEST)
+    best = run.summary["best"]
+    assert run.summary["metrics"] == {"eval/accuracy": best["accuracy"], "test/accuracy": best["test_accuracy"]}
+    assert {result["test_accuracy"] for result in feature_runs["image-1"].summary["results"]} == {None}
 
 
 def test_the_exported_cnn_loads_in_timm_and_kept_its_body(feature_runs: dict[str, Run], material: Material) -> None:
