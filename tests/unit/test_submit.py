@@ -72,6 +72,17 @@ def test_a_dry_run_shows_everything_and_writes_nothing(place: Path, capsys: pyte
     assert not (place / "bin" / "sbatch.arguments").exists()
 
 
+def test_features_are_submitted_as_a_training_is(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = refused(capsys, "task=features", "--dry-run")
+    assert code == 2
+    assert "freeze would have no effect" in said
+    run("task=features", "freeze=none", "--nodes", "2", "--gpus-per-node", "4", "--dry-run")
+    out = capsys.readouterr().out
+    assert "note: task: features: no layer is trained; each row is run through the model once" in out
+    assert "--nnodes=2 --nproc-per-node=4" in out
+    assert not (place / "runs").exists()
+
+
 def test_a_submission_leaves_its_files_and_tells_what_to_do_next(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
