@@ -95,7 +95,7 @@ def run_case(name: str, sections: dict[str, Any], folder: Path, max_rows: int | 
     spec = load_spec({**base, "name": name})
     advice = advise(spec)
     found, plan = advice.evidence, make_plan(spec)
-    parts = choices(found, plan.structure.depth, plan.card.default_lr)
+    parts = choices(found, plan.structure, plan.card.default_lr)
     words = list(dict.fromkeys([found.last.word, found.best.word]))
     part = {"task": "features", "features": {"at": words, "heads": ["softmax", "svm"]}}
     features = compare_heads(_named(merged(spec, part), f"{name}-all-features"))

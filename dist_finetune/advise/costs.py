@@ -48,8 +48,10 @@ def _passes(plan: Plan, index: int) -> float:
 def merged(spec: Spec, part: dict[str, Any]) -> Spec:
     """`spec` with a part of a config in it, checked anew; what the part decides is not left to advice again, nor to
     what `spec` froze before."""
-    whole = spec.model_dump(mode="json", by_alias=True) | {"freeze": "none", "phases": []} | part
+    given = spec.model_dump(mode="json", by_alias=True)
+    whole = given | {"freeze": "none", "phases": []} | part
     if part.get("task") == "features":
+        whole["features"] = given["features"] | part["features"]  # probes were pooled as the rest of the section says
         whole["data"] = whole["data"] | {"augment": False}
         whole["cache"] = {"mode": "off"}
     elif whole["cache"]["mode"] == "on":  # what is frozen is the advice's to say, and may be nothing

@@ -95,7 +95,7 @@ def _advise(spec: Spec, world: World, report: Reporter) -> Advice:
         f"probing {len(job.depths)} depths of {spec.model.name} with {len(sampled.train):,} of {len(labels):,} rows"
     )
     evidence = measure(job, labels, extract_all(job))
-    verdict = judge(evidence, job.plan.structure.depth, job.plan.card.default_lr)
+    verdict = judge(evidence, job.plan.structure, job.plan.card.default_lr)
     costs = _price(spec, evidence, job, tables, world)
     advice = Advice(job.folder, evidence, verdict, costs, round(time.perf_counter() - started_s, 2))
     on_first(world, lambda: _write(advice, spec))
@@ -118,7 +118,7 @@ def _prepare(spec: Spec, sampled: Tables, world: World, report: Reporter) -> Fea
 
 def _price(spec: Spec, evidence: Evidence, job: FeatureJob, tables: Tables, world: World) -> dict[str, Cost]:
     topology = local_topology(world.local_world_size, world.num_nodes)
-    options = choices(evidence, job.plan.structure.depth, job.plan.card.default_lr)
+    options = choices(evidence, job.plan.structure, job.plan.card.default_lr)
     bare = spec.model_copy(update={"cache": CacheSpec(mode="off")})
     return {name: cost_of(part, bare, evidence, topology, tables) for name, part in options.items()}
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dist_finetune.advise.probes import Evidence, Probe
+from dist_finetune.features.depths import HEAD
 from dist_finetune.features.results import Z_95
+from dist_finetune.models.structure import Structure
 
 Situation = Literal["small and similar", "small and different", "large and similar", "large and different"]
 
@@ -32,8 +34,8 @@ class Verdict:
     config: dict[str, Any]
 
 
-def judge(evidence: Evidence, depth: int, default_lr: float) -> Verdict:
-    """The verdict on a network of `depth` blocks whose pre-trained weights usually take `default_lr`."""
+def judge(evidence: Evidence, structure: Structure, default_lr: float) -> Verdict:
+    """The verdict on a network of this structure whose pre-trained weights usually take `default_lr`."""
     large = evidence.num_rows >= LARGE_ROWS and evidence.median_class >= LARGE_ROWS_A_CLASS
     similar = is_similar(evidence)
     size: Literal["large", "small"] = "large" if large else "small"
@@ -45,7 +47,7 @@ def judge(evidence: Evidence, depth: int, default_lr: float) -> Verdict:
     else:
         choice = "fine-tune-top" if similar else "fine-tune-all"
     reasons = (_size_reason(evidence, large), _curve_reason(evidence, similar), _gain_reason(evidence, large, solved))
-    return Verdict(situation, reasons, choice, choices(evidence, depth, default_lr)[choice])
+    return Verdict(situation, reasons, choice, choices(evidence, structure, default_lr)[choice])
 
 
 def is_similar(evidence: Evidence) -> bool:
@@ -54,29 +56,33 @@ def is_similar(evidence: Evidence) -> bool:
     return last.accuracy >= best.accuracy - Z_95 * best.standard_error
 
 
-def choices(evidence: Evidence, depth: int, default_lr: float) -> dict[str, dict[str, Any]]:
+def choices(evidence: Evidence, structure: Structure, default_lr: float) -> dict[str, dict[str, Any]]:
     """The four things to do, as parts of a config, by name."""
     head_lr = max(HEAD_LR, default_lr)
     epochs = max(2, min(MAX_EPOCHS, -(-ROWS_TO_SEE // evidence.num_rows)))
     first = {"name": "head", "freeze": "backbone", "epochs": 1, "lr": head_lr}
-    top = {"name": "top", "freeze": _lower_half(depth), "epochs": epochs, "lr": default_lr}
+    top = {"name": "top", "freeze": _lower_half(structure), "epochs": epochs, "lr": default_lr}
     whole = {"name": "all", "freeze": "none", "epochs": epochs, "lr": default_lr}
     return {
-        "features-last": {"task": "features", "features": _features(evidence.last)},
-        "features-best": {"task": "features", "features": _features(evidence.best)},
+        "features-last": {"task": "features", "features": _features(evidence, evidence.last)},
+        "features-best": {"task": "features", "features": _features(evidence, evidence.best)},
         "fine-tune-top": {"phases": [first, top]},
         "fine-tune-all": {"phases": [first, whole]},
     }
 
 
-def _features(probe: Probe) -> dict[str, Any]:
-    """The probe's depth, and the head: what is fitted there can leave as a plain model."""
-    return {"at": list(dict.fromkeys([probe.word, "head"])), "heads": ["softmax", "svm"]}
+def _features(evidence: Evidence, probe: Probe) -> dict[str, Any]:
+    """The probe's depth, and the head where there is one: what is fitted there can leave as a plain model."""
+    head = [found.word for found in evidence.probes if found.word == HEAD]
+    return {"at": list(dict.fromkeys([probe.word, *head])), "heads": ["softmax", "svm"]}
 
 
-def _lower_half(depth: int) -> dict[str, Any]:
-    frozen = depth // 2
-    return {"embeddings": True} | ({"layers": f"first {frozen}"} if frozen else {})
+def _lower_half(structure: Structure) -> dict[str, Any] | Literal["none"]:
+    """What is frozen below the upper half. Blocks that run the same weights train together, with the upper ones."""
+    half = structure.depth // 2
+    half = next((group[0] for group in structure.shared_blocks if group[0] < half <= group[-1]), half)
+    stem = {"embeddings": True} if structure.of_kind("embeddings") else {}
+    return stem | ({"layers": f"first {half}"} if half else {}) or "none"
 
 
 def _size_reason(evidence: Evidence, large: bool) -> str:

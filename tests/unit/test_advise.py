@@ -1,14 +1,25 @@
 """Advice follows from what was measured: LogME is the maximised evidence, each situation has its own config."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
+import unused_model
 from datasets import Dataset
 from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
+from torch import nn
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 from dist_finetune.advise.costs import merged
 from dist_finetune.advise.logme import logme
@@ -19,9 +30,27 @@ from dist_finetune.advise.text import config_block, plot_probes, ready_yaml
 from dist_finetune.data.columns import Columns
 from dist_finetune.data.tables import Tables
 from dist_finetune.errors import UserError
+from dist_finetune.freeze import compile_freeze
+from dist_finetune.models.structure import Structure, structure_of
 from dist_finetune.plan import for_planning
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec
+
+TINY = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 9}
+
+
+def bert(depth: int) -> nn.Module:
+    return BertForSequenceClassification(BertConfig(num_hidden_layers=depth, **TINY))
+
+
+def albert(depth: int, num_groups: int) -> nn.Module:
+    sizes = {"num_hidden_layers": depth, "num_hidden_groups": num_groups, "embedding_size": 8}
+    return AlbertForSequenceClassification(AlbertConfig(**sizes, **TINY))
+
+
+@cache
+def of_depth(depth: int) -> Structure:
+    return structure_of(bert(depth))
 
 
 def spec_of(**more: Any) -> Spec:
@@ -62,37 +91,39 @@ PEAKED = [0.5, 0.6, 0.9, 0.7, 0.6, 0.55]
 def test_each_situation_follows_from_size_and_the_curves_peak(
     accuracies: list[float], num_rows: int, situation: str, choice: str
 ) -> None:
-    found = judge(evidence(accuracies, num_rows), depth=4, default_lr=5e-5)
+    found = judge(evidence(accuracies, num_rows), of_depth(4), default_lr=5e-5)
     assert (found.situation, found.choice) == (situation, choice)
-    assert found.config == choices(evidence(accuracies, num_rows), 4, 5e-5)[choice]
+    assert found.config == choices(evidence(accuracies, num_rows), of_depth(4), 5e-5)[choice]
     assert found.reasons[0].startswith(situation.split()[0])
     assert found.reasons[1].startswith(situation.split()[2])
 
 
 def test_the_depth_of_the_features_is_the_peaks() -> None:
-    assert judge(evidence(PEAKED), 4, 5e-5).config["features"]["at"] == ["1", "head"]
-    assert judge(evidence(RISING), 4, 5e-5).config["features"]["at"] == ["3", "head"]
+    assert judge(evidence(PEAKED), of_depth(4), 5e-5).config["features"]["at"] == ["1", "head"]
+    assert judge(evidence(RISING), of_depth(4), 5e-5).config["features"]["at"] == ["3", "head"]
+    headless = replace(evidence(RISING), probes=evidence(RISING).probes[:-1])
+    assert judge(headless, of_depth(4), 5e-5).config["features"]["at"] == ["3"]
 
 
 def test_a_peak_within_chance_is_none() -> None:
     close = [0.5, 0.6, 0.81, 0.8, 0.79, 0.7]
-    assert "similar" in judge(evidence(close, 400), 4, 5e-5).situation
-    assert "different" in judge(evidence(close, 40_000), 4, 5e-5).situation
+    assert "similar" in judge(evidence(close, 400), of_depth(4), 5e-5).situation
+    assert "different" in judge(evidence(close, 40_000), of_depth(4), 5e-5).situation
 
 
 def test_many_rows_over_very_many_classes_are_no_large_data() -> None:
-    assert judge(evidence(RISING, 5000, 200), 4, 5e-5).situation.startswith("small")
+    assert judge(evidence(RISING, 5000, 200), of_depth(4), 5e-5).situation.startswith("small")
 
 
 def test_one_large_class_does_not_make_many_small_ones_large() -> None:
     uneven = replace(evidence(RISING, 5000, 20), smallest_class=20, median_class=30.0, largest_class=4000)
-    found = judge(uneven, 4, 5e-5)
+    found = judge(uneven, of_depth(4), 5e-5)
     assert found.situation.startswith("small")
     assert "the largest 200.0 times the smallest" in found.reasons[0]
 
 
 def test_nothing_is_trained_where_the_probe_leaves_nothing_to_win() -> None:
-    found = judge(evidence([0.5, 0.9, 0.95, 0.99, 0.995, 0.99], 5000), 4, 5e-5)
+    found = judge(evidence([0.5, 0.9, 0.95, 0.99, 0.995, 0.99], 5000), of_depth(4), 5e-5)
     assert found.choice == "features-last"
     assert "next to nothing to win" in found.reasons[2]
 
@@ -100,28 +131,44 @@ def test_nothing_is_trained_where_the_probe_leaves_nothing_to_win() -> None:
 @pytest.mark.parametrize("name", ["features-last", "features-best", "fine-tune-top", "fine-tune-all"])
 @pytest.mark.parametrize("depth", [1, 4, 24])
 def test_every_choice_is_a_valid_config(name: str, depth: int) -> None:
-    part = choices(evidence(RISING), depth, 5e-5)[name]
+    part = choices(evidence(RISING), of_depth(depth), 5e-5)[name]
     spec = merged(spec_of(strategy="auto"), part)
     assert spec.strategy is None
     assert (spec.task == "features") == name.startswith("features")
     assert len(spec.phases) == (0 if spec.task else 2)
 
 
-def test_the_lower_half_is_frozen_in_the_middle_way() -> None:
-    top = choices(evidence(RISING), 12, 5e-5)["fine-tune-top"]["phases"][1]
-    assert top["freeze"] == {"embeddings": True, "layers": "first 6"}
-    assert choices(evidence(RISING), 1, 5e-5)["fine-tune-top"]["phases"][1]["freeze"] == {"embeddings": True}
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (lambda: bert(12), {"embeddings": True, "layers": "first 6"}),
+        (lambda: bert(1), {"embeddings": True}),
+        (lambda: albert(6, 1), {"embeddings": True}),
+        (lambda: albert(6, 3), {"embeddings": True, "layers": "first 2"}),
+        (lambda: timm.create_model("vgg11"), {"layers": "first 2"}),
+        (lambda: unused_model.on_all(3), "none"),
+    ],
+    ids=["bert", "one block", "one set of weights", "three sets", "no stem", "no blocks"],
+)
+def test_the_lower_half_is_frozen_as_far_as_a_network_can_be(build: Any, expected: Any) -> None:
+    with torch.device("meta"):
+        model = build()
+    part = choices(evidence(RISING), structure_of(model), 5e-5)["fine-tune-top"]
+    assert part["phases"][1]["freeze"] == expected
+    manifest = compile_freeze(merged(spec_of(), part).phases[1].freeze, structure_of(model), model)
+    assert (manifest.num_frozen > 0) == (expected != "none")
 
 
 def test_few_rows_are_seen_more_often() -> None:
     epochs = [
-        choices(evidence(RISING, rows), 4, 5e-5)["fine-tune-all"]["phases"][1]["epochs"] for rows in (200, 2000, 20_000)
+        choices(evidence(RISING, rows), of_depth(4), 5e-5)["fine-tune-all"]["phases"][1]["epochs"]
+        for rows in (200, 2000, 20_000)
     ]
     assert epochs == [10, 4, 2]
 
 
 def test_augmentation_is_left_out_where_features_are_extracted() -> None:
-    part = choices(evidence(RISING), 4, 5e-5)["features-last"]
+    part = choices(evidence(RISING), of_depth(4), 5e-5)["features-last"]
     assert merged(spec_of(data={"train": "folder", "augment": True}), part).data.augment is False
 
 
@@ -129,14 +176,16 @@ def test_augmentation_is_left_out_where_features_are_extracted() -> None:
 def test_advice_on_any_config_for_training_can_be_run(name: str) -> None:
     """What was frozen gives way, and a cache that was asked for is one where that is possible."""
     image = {"model": {"name": "demo:efficientnet-lite0"}, "data": {"train": "folder", "augment": True}}
-    spec = spec_of(**image, freeze="backbone", cache={"mode": "on", "views": 2})
-    part = choices(evidence(RISING), 4, 5e-5)[name]
+    features = {"pool": "max", "class_weight": "balanced"}
+    spec = spec_of(**image, freeze="backbone", cache={"mode": "on", "views": 2}, features=features)
+    part = choices(evidence(RISING), of_depth(4), 5e-5)[name]
     found = merged(spec, part)
     assert found.freeze.is_none()
     assert len(found.phases) == (0 if "task" in part else 2)
     assert found.cache.mode == ("off" if "task" in part else "auto")
     assert found.cache.views == (None if "task" in part else 2)
     assert found.data.augment == ("task" not in part)
+    assert (found.features.pool, found.features.class_weight) == ("max", "balanced")
 
 
 @pytest.mark.parametrize("more", [{"freeze": "backbone"}, {"phases": "gradual"}, {"task": "features"}])
@@ -202,7 +251,7 @@ def test_the_sample_is_bounded_and_keeps_the_shares_of_classes() -> None:
 
 
 def test_the_config_block_and_the_whole_config_are_read_back(tmp_path: Path) -> None:
-    found = judge(evidence(RISING, 5000), 4, 5e-5)
+    found = judge(evidence(RISING, 5000), of_depth(4), 5e-5)
     assert "phases:" in config_block(found)
     file = tmp_path / "x.yaml"
     file.write_text(ready_yaml(spec_of(), found))
