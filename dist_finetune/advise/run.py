@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,8 @@ def _advise(spec: Spec, world: World, report: Reporter) -> Advice:
     report.say(
         f"probing {len(job.depths)} depths of {spec.model.name} with {len(sampled.train):,} of {len(labels):,} rows"
     )
+    # Features of earlier advice would take no time to extract, and the time of a row is part of the evidence.
+    on_first(world, lambda: shutil.rmtree(job.folder / "features", ignore_errors=True))
     evidence = measure(job, labels, extract_all(job))
     verdict = judge(evidence, job.plan.structure, job.plan.card.default_lr)
     costs = _price(spec, evidence, job, tables, world)
@@ -131,8 +134,9 @@ def _write(advice: Advice, spec: Spec) -> None:
 
 
 def _asked(spec: Spec) -> str:
-    """Model and data of a spec: advice on others is no advice for this one."""
-    return json.dumps([spec.model.model_dump(mode="json"), spec.data.model_dump(mode="json"), spec.train.seed])
+    """Model, data and pooling of a spec: advice on others is no advice for this one."""
+    model, data = spec.model.model_dump(mode="json"), spec.data.model_dump(mode="json")
+    return json.dumps([model, data, spec.train.seed, spec.features.pool])
 
 
 def _earlier(spec: Spec) -> dict[str, Any] | None:

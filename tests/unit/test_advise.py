@@ -11,8 +11,14 @@ import timm
 import torch
 import unused_model
 from datasets import Dataset
+from harness import read_json, stored_features
+from material import Material, write_material
 from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -23,8 +29,8 @@ from transformers import (
 
 from dist_finetune.advise.costs import merged
 from dist_finetune.advise.logme import logme
-from dist_finetune.advise.probes import MAX_ROWS, Evidence, Probe, depth_words, sample_tables
-from dist_finetune.advise.run import follow_advice
+from dist_finetune.advise.probes import GRID, MAX_ROWS, Evidence, Probe, depth_words, sample_tables
+from dist_finetune.advise.run import advise, follow_advice
 from dist_finetune.advise.situation import choices, judge
 from dist_finetune.advise.text import config_block, plot_probes, ready_yaml
 from dist_finetune.data.columns import Columns
@@ -37,6 +43,11 @@ from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec
 
 TINY = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 9}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    return write_material(tmp_path_factory.mktemp("material"))
 
 
 def bert(depth: int) -> nn.Module:
@@ -263,3 +274,40 @@ def test_the_plot_shows_every_depth(tmp_path: Path) -> None:
     plot_probes(evidence(RISING), "minilm: small and similar", tmp_path / "a.svg")
     text = (tmp_path / "a.svg").read_text()
     assert all(f">{word}<" in text for word in ("stem", "block 0", "block 3", "head", "LogME"))
+
+
+def test_evidence_is_what_rows_and_features_say(
+    material: Material, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = material.train.read_text().splitlines()
+    kept = {"weather": 51, "food": 25, "music": 10}
+    kept_lines = [line for name, num in kept.items() for line in [x for x in lines if x.endswith(f",{name}")][:num]]
+    (tmp_path / "uneven.csv").write_text("\n".join([lines[0], *kept_lines]))
+    config = material.text(freeze="none", data={"train": str(tmp_path / "uneven.csv")}, features={"pool": "cls"})
+    spec = load_spec({**config, "name": "uneven", "output": str(tmp_path)})
+    advice = advise(spec)
+    found = read_json(advice.folder / "advice.json")["evidence"]
+    sizes = ("num_rows", "num_classes", "smallest_class", "median_class", "largest_class", "num_sampled")
+    assert [found[key] for key in sizes] == [86, 3, 10, 25, 51, 86]
+    assert 0 < 86 * found["seconds_a_row"] < advice.total_s
+    places = {probe["depth"]: (probe["word"], probe["position"]) for probe in found["probes"]}
+    assert list(places) == ["stem", "block 0", "block 1", "block 2", "head"]
+    assert places["block 1"] == ("1", pytest.approx(2 / 3))
+    assert [places[depth][1] for depth in ("stem", "block 2", "head")] == [0, 1, 1]
+    (store,) = (advice.folder / "features").iterdir()
+    shuffled, folds = np.random.default_rng(0).permutation(86), StratifiedKFold(5, shuffle=True, random_state=0)
+    for probe in found["probes"]:
+        features, labels = stored_features(store, "train", probe["depth"])
+        assert probe["logme"] == pytest.approx(logme(features, labels, 3))
+        heads = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)) for c in GRID]
+        features, labels = features[shuffled].astype(np.float64), labels[shuffled]
+        accuracy = max(np.mean(cross_val_predict(head, features, labels, cv=folds) == labels) for head in heads)
+        assert probe["accuracy"] == pytest.approx(accuracy)
+        assert probe["standard_error"] == pytest.approx(np.sqrt(accuracy * (1 - accuracy) / 86))
+    other = load_spec({**config, "name": "uneven", "output": str(tmp_path), "strategy": "auto", "features": {}})
+    followed = follow_advice(other)
+    assert followed.features.pool == "auto"
+    assert "goes by" not in capsys.readouterr().out, "it was measured with another pooling"
+    assert not store.exists(), "a row can't be timed where features are there"
+    assert follow_advice(other) == followed
+    assert "goes by" in capsys.readouterr().out
