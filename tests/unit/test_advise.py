@@ -11,8 +11,9 @@ import timm
 import torch
 import unused_model
 from datasets import Dataset
-from harness import read_json, stored_features
-from material import Material, write_material
+from harness import read_json, read_lines, stored_features
+from material import NUM_TRAIN, Material, write_material
+from safetensors.torch import load_file
 from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
 from sklearn.linear_model import LogisticRegression
@@ -23,24 +24,28 @@ from torch import nn
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
+    AutoConfig,
     BertConfig,
     BertForSequenceClassification,
 )
 
-from dist_finetune.advise.costs import merged
+from dist_finetune import train
+from dist_finetune.advise import situation
+from dist_finetune.advise.costs import cost_of, merged
 from dist_finetune.advise.logme import logme
 from dist_finetune.advise.probes import GRID, MAX_ROWS, Evidence, Probe, depth_words, sample_tables
 from dist_finetune.advise.run import advise, follow_advice
 from dist_finetune.advise.situation import choices, judge
 from dist_finetune.advise.text import config_block, plot_probes, ready_yaml
 from dist_finetune.data.columns import Columns
-from dist_finetune.data.tables import Tables
+from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.errors import UserError
 from dist_finetune.freeze import compile_freeze
 from dist_finetune.models.structure import Structure, structure_of
 from dist_finetune.plan import for_planning
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec
+from dist_finetune.topology import Topology
 
 TINY = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 9}
 
@@ -276,6 +281,29 @@ def test_the_plot_shows_every_depth(tmp_path: Path) -> None:
     assert all(f">{word}<" in text for word in ("stem", "block 0", "block 3", "head", "LogME"))
 
 
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [("features-best", 1), ("fine-tune-top", 1 + 10 * (3 - 2 * 1 / 3)), ("fine-tune-all", 1 + 10 * 3)],
+)
+def test_costs_are_the_state_of_a_rank_and_the_passes_it_makes(material: Material, name: str, passes: float) -> None:
+    """A frozen prefix takes one forward pass, all else three: one epoch of the head, then ten; the top is two of three
+    blocks."""
+    found = replace(evidence(RISING, NUM_TRAIN, 3), seconds_a_row=0.01)
+    spec = load_spec({**material.text(freeze="none"), "name": "costs"})
+    part = choices(found, of_depth(3), 5e-5)[name]
+    cost = cost_of(part, spec, found, Topology(1, 2, "cpu"), read_tables(spec.data, 0))
+    assert cost.seconds == pytest.approx(passes * NUM_TRAIN * 0.01 / 2)
+    model = BertForSequenceClassification(AutoConfig.from_pretrained(material.bert, num_labels=3))
+    below = ("bert.embeddings", "bert.encoder.layer.0") if name == "fine-tune-top" else ()
+    trained = [p.numel() for key, p in model.named_parameters() if not key.startswith(below)]
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    if name == "features-best":
+        assert cost.state_bytes == weights
+    else:  # gradients, Adam's moments and step counts
+        buffers = sum(buffer.nbytes for buffer in model.buffers())
+        assert cost.state_bytes == weights + 12 * sum(trained) + 4 * len(trained) + buffers
+
+
 def test_evidence_is_what_rows_and_features_say(
     material: Material, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,3 +339,23 @@ def test_evidence_is_what_rows_and_features_say(
     assert not store.exists(), "a row can't be timed where features are there"
     assert follow_advice(other) == followed
     assert "goes by" in capsys.readouterr().out
+
+
+def test_auto_on_large_data_trains_the_head_and_then_the_part_worth_training(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"LARGE_ROWS": 40, "LARGE_ROWS_A_CLASS": 10, "SOLVED": 1.1, "ROWS_TO_SEE": 1}.items():
+        monkeypatch.setattr(situation, name, value)
+    config = material.image(strategy="auto", freeze="none")
+    summary = train(load_spec({**config, "name": "large", "output": str(tmp_path)}))
+    verdict = read_json(tmp_path / "large-advise" / "advice.json")["verdict"]
+    assert (verdict["situation"], verdict["choice"]) == ("large and similar", "fine-tune-top")
+    assert load_spec(summary.folder / "config.yaml").strategy is None
+    assert [(phase["name"], phase["last_step"]) for phase in summary.phases] == [("head", 3), ("top", 9)]
+    before, after = load_file(material.cnn_weights), load_file(summary.folder / "model" / "model.safetensors")
+    head, top = ("fc.",), ("layer3.", "layer4.", "fc.")
+    assert {name for name in after if not after[name].equal(before[name])} == {n for n in after if n.startswith(top)}
+    sizes = {name: p.numel() for name, p in timm.create_model("test_resnet", num_classes=3).named_parameters()}
+    of_head, of_top = (sum(n for name, n in sizes.items() if name.startswith(part)) for part in (head, top))
+    steps = [row["params/trainable"] for row in read_lines(summary.folder / "metrics.jsonl") if "train/loss" in row]
+    assert steps == [of_head] * 3 + [of_top] * 6
