@@ -1,11 +1,13 @@
 """Blocks whose activations are computed again in the backward pass instead of being kept: whose, and how."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from dist_finetune.freeze import Manifest
 from dist_finetune.lint import first_trainable_part
@@ -33,13 +35,36 @@ def called_modules(model: nn.Module, block: Part) -> Iterator[nn.Module]:
             yield module
 
 
-def recomputed(forward: Forward, keep_random_state: bool = True) -> Forward:
-    """`forward` without kept activations. Not torch's reentrant form, which gives no gradients to a block whose input
-    needs none, as after a frozen prefix (transformers#23170)."""
+def recomputed(forward: Forward, norms: Sequence[_BatchNorm] = (), keep_random_state: bool = True) -> Forward:
+    """`forward` without kept activations, and with the running statistics of its `norms` moved once. Not torch's
+    reentrant form, which gives no gradients to a block whose input needs none, as after a frozen prefix
+    (transformers#23170)."""
+    contexts = (lambda: (nullcontext(), _without_statistics(norms))) if norms else noop_context_fn
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=keep_random_state, **kwargs)
+        return checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=keep_random_state,
+            context_fn=contexts,
+            **kwargs,
+        )
 
     return run
+
+
+@contextmanager
+def _without_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """BatchNorm that normalises by its batch and leaves its running statistics alone: the first pass has moved them,
+    and a second one would move them twice (pytorch#96136)."""
+    moving = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.training]
+    for norm, _, _ in moving:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, momentum, count in moving:
+            norm.momentum, norm.num_batches_tracked = momentum, count

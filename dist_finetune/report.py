@@ -34,7 +34,8 @@ class Reporter:
         self._metrics: Any = None
         self._sinks: list[Sink] = []
         self._early: list[str] = []
-        self._console = Console(file=sys.stdout, quiet=not is_first, soft_wrap=True)
+        # a name such as glue:sst2[train] is no markup
+        self._console = Console(file=sys.stdout, quiet=not is_first, soft_wrap=True, markup=False)
         self._progress: Progress | None = None
         self._total_steps, self._last_line_s = 0, 0.0
         self.wandb_mode = "off"
@@ -65,12 +66,17 @@ class Reporter:
         if spec.track.tensorboard:
             self._sinks.append(TensorBoard(folder))
 
+    @property
+    def has_files(self) -> bool:
+        """True once the run's folder is there, on the rank that writes it."""
+        return self._metrics is not None
+
     def say(self, message: Any) -> None:
         """A line (or a rich table) for the user, and for log.txt."""
         if not self._is_first:
             return
         (self._progress.console if self._progress else self._console).print(message, highlight=False)
-        if isinstance(message, str) and self._metrics is None:
+        if isinstance(message, str) and not self.has_files:
             self._early.append(message)  # said before there was a run folder
         elif isinstance(message, str):
             logging.getLogger("dist_finetune").info(message)

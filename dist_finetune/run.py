@@ -19,7 +19,7 @@ from dist_finetune.run_folder import Changes, check_run_folder, folder_of, start
 from dist_finetune.signals import StopSignals
 from dist_finetune.spec import Spec
 from dist_finetune.stage import load_base, next_stage, open_stage
-from dist_finetune.stopping import Stopped, StopWish, stop_if_told
+from dist_finetune.stopping import StopWish, stop_if_told
 from dist_finetune.summary import Summary, load_summary, write_end, write_freeze, write_start
 from dist_finetune.topology import local_topology
 from dist_finetune.training import fit
@@ -36,14 +36,17 @@ def train(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary
     """
     started_s = time.perf_counter()
     with StopSignals() as signals, join_world(spec.launch) as world:
-        report = Reporter(world.is_first)
+        report, found = Reporter(world.is_first), None
         try:
-            if on_first(world, lambda: check_run_folder(spec, fresh, changes)) == "finished":
+            found = on_first(world, lambda: check_run_folder(spec, fresh, changes))
+            if found == "finished":
                 report.say(f"{folder_of(spec)} is finished; --fresh trains it again")
                 return load_summary(folder_of(spec))
             return _train(spec, fresh, world, report, signals, started_s)
         except Exception as error:
-            write_end(folder_of(spec), "stopped" if isinstance(error, Stopped) else "failed", error, world)
+            # before it has started, what the folder holds is another run's, or one that --fresh will put aside
+            is_ours = found == "unfinished" or report.has_files
+            write_end(folder_of(spec) if is_ours else None, error, world)
             report.finish({}, exit_code=1)
             raise
 
@@ -67,7 +70,7 @@ def _train(spec: Spec, fresh: bool, world: World, report: Reporter, signals: Sto
     report.start_progress(plan.total_steps)
     saver = Saver(job, provenance, progress)
     stop = StopWish(world, signals, job.folder, spec.launch.time_limit, started_s, saver.every_s)
-    end = partial(write_end, job.folder, "failed", world=world)
+    end = partial(write_end, job.folder, world=world)
     with saver, Watchdog(world, job.folder, spec.launch, lambda: stop.num_calls, end):
         while True:
             last = fit(job, stage, progress, saver, stop)

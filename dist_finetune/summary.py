@@ -13,6 +13,7 @@ from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.models.card import Provenance
 from dist_finetune.peak_memory import peak_memory_gib
 from dist_finetune.run_folder import ATTEMPTS, environment, read_summary, write_json
+from dist_finetune.stopping import Stopped
 from dist_finetune.verdict import tell_job_script, why_again
 from dist_finetune.world import World, gather_objects
 
@@ -137,11 +138,12 @@ def summarise(
     return summary
 
 
-def write_end(folder: Path, status: Literal["stopped", "failed"], error: Exception, world: World) -> None:
-    """Marks a run that had started as failed or stopped, with the message. Leaves a folder of another run alone."""
+def write_end(folder: Path | None, error: Exception, world: World) -> None:
+    """Tells a job script how the run ended, and marks its folder, where it has one, as failed or stopped."""
+    status: Literal["stopped", "failed"] = "stopped" if isinstance(error, Stopped) else "failed"
     if world.is_first:
         tell_job_script(status)
-    if world.is_first and (folder / "plan.json").exists() and read_summary(folder).get("status") is None:
+    if world.is_first and folder and (folder / "plan.json").exists() and read_summary(folder).get("status") is None:
         when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         write_json(
             folder / "summary.json", {"status": status, "message": f"{type(error).__name__}: {error}", "time": when}

@@ -50,4 +50,4 @@ def show(rendered: Any) -> None:
     else:
         from rich.console import Console
 
-        Console().print(rendered)
+        Console(markup=False).print(rendered)

@@ -6,6 +6,7 @@ and checkpoints see the model that the plan describes.
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
@@ -21,4 +22,5 @@ def prepare_blocks(model: nn.Module, plan: Plan, phase: PhasePlan) -> None:
                 # lengths of texts differ from batch to batch
                 module.forward = torch.compile(module.forward, dynamic=True if plan.data.modality == "text" else None)
             if train.gradient_checkpointing and block in passed:
-                module.forward = recomputed(module.forward)
+                norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+                module.forward = recomputed(module.forward, norms)

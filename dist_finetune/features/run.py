@@ -44,15 +44,16 @@ def compare_heads(spec: Spec, fresh: bool = False, changes: Changes = "none") ->
     started_s = time.perf_counter()
     refuse_idle_settings(spec)
     with join_world(spec.launch) as world:
-        report = Reporter(world.is_first)
-        folder = folder_of(spec)
+        report, folder, found = Reporter(world.is_first), folder_of(spec), None
         try:
-            if on_first(world, lambda: check_run_folder(spec, fresh, changes)) == "finished":
+            found = on_first(world, lambda: check_run_folder(spec, fresh, changes))
+            if found == "finished":
                 report.say(f"{folder} is finished; --fresh runs it again")
                 return load_feature_summary(folder)
             return _run(spec, fresh, world, report, started_s)
         except Exception as error:
-            write_end(folder, "stopped" if isinstance(error, Stopped) else "failed", error, world)
+            is_ours = found == "unfinished" or report.has_files
+            write_end(folder if is_ours else None, error, world)
             report.finish({}, exit_code=1)
             raise
 

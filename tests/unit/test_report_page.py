@@ -413,3 +413,9 @@ def test_scores_that_are_no_classes_give_no_confusions(tmp_path: Path) -> None:
     assert not found(scores, labels, num_classes=4)
     assert not found(scores[:, 0].contiguous(), labels)
     assert read_confusion(tmp_path, "validation", ("a", "b")) is None
+
+
+def test_names_in_brackets_are_said_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """A data set's split, a regression's unit: to rich they would be styles, or an error."""
+    Reporter(is_first=True).say("glue:sst2[train], rate [/min]")
+    assert capsys.readouterr().out == "glue:sst2[train], rate [/min]\n"
