@@ -1,6 +1,7 @@
 """Which tests stay together, and which come first, where tests/run.sh runs those of several processes two at a time.
 And no test leaves signals blocked."""
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import PurePath
@@ -28,6 +29,10 @@ def group_of(path: str) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     groups = [*LONG, *sorted({group_of(str(item.path)) for item in items} - set(LONG))]
     items.sort(key=lambda item: groups.index(group_of(str(item.path))))  # stable: within a group nothing moves
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays, and takes half a second of every collection that ends a training
 
 
 @pytest.hookimpl(optionalhook=True)

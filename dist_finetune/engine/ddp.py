@@ -85,8 +85,7 @@ class DdpEngine:
 
     def close(self) -> None:
         self._wrapped = self.module = nn.Module()
-        self._optimizer = None
-        self._accelerator.free_memory()
+        self._optimizer = self._accelerator = None
         collect()
 
     def _parameters(self) -> list[torch.Tensor]:

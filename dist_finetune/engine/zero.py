@@ -113,8 +113,7 @@ class ZeroEngine:
         if self._stage == 3:
             self._forget_module()
         self.module = nn.Module()
-        self._engine = self._zero = self._accelerator.deepspeed_engine_wrapped = None
-        self._accelerator.free_memory()
+        self._engine = self._zero = self._accelerator = None
         collect()
 
     def _forget_module(self) -> None:
