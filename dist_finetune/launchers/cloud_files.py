@@ -1,5 +1,7 @@
 """What a machine that is rented will not find: files of this machine that nothing takes there."""
 
+import glob
+import re
 from pathlib import Path
 
 from dist_finetune.errors import UserError
@@ -38,11 +40,24 @@ def _local(spec: Spec, working_folder: Path) -> list[str]:
     """What the config names that lies on this machine."""
     data = [*spec.data.train, spec.data.validation, spec.data.test, spec.model.name, spec.model.weights]
     names = [name for entry in data for name in (entry if isinstance(entry, tuple | list) else [entry])]
-    return [name for name in names if isinstance(name, str) and (working_folder / name).exists()]
+    return [name for name in names if isinstance(name, str) and _paths(name, working_folder)]
+
+
+def _paths(name: str, working_folder: Path) -> list[Path]:
+    """Where on this machine a name points to, read as `data.sources` reads it: `~`, the files of a glob, a saved folder
+    with one of its splits. None for what is not here, such as a hub id."""
+    if re.search(r"[*?]", name):
+        return [Path(found) for found in glob.glob(str(Path(name).expanduser()), root_dir=working_folder)]  # noqa: PTH207
+    whole, without_split = Path(name).expanduser(), Path(re.sub(r"\[[\w.+-]+\]$", "", name)).expanduser()
+    return [path for path in (whole, without_split) if (working_folder / path).exists()][:1]
 
 
 def _is_there(name: str, volume: str | None, uploads: bool, working_folder: Path) -> bool:
     if volume and Path(name).is_relative_to(RUNS):
         return True
-    inside = (working_folder / name).resolve().is_relative_to(working_folder.resolve())
-    return uploads and not Path(name).is_absolute() and inside
+    folder = working_folder.resolve()
+    # "~" is another folder there, even where it is within the one that is uploaded
+    return uploads and all(
+        not path.is_absolute() and (working_folder / path).resolve().is_relative_to(folder)
+        for path in _paths(name, working_folder)
+    )

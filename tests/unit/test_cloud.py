@@ -248,14 +248,21 @@ def as_kubernetes_reads(text: str, env: dict[str, str]) -> str:
         ("dstack", {"data": {"train": "ABSOLUTE"}}, "rows.csv: .* is uploaded"),
         ("skypilot", {"data": {"train": "../outside.csv"}}, "outside.csv: a file"),
         ("skypilot", {"model": {"name": "demo:minilm", "weights": "ABSOLUTE"}}, "rows.csv: a file"),
+        ("kubernetes", {"data": {"train": "*.csv"}}, r"\*.csv: a file of this machine"),
+        ("skypilot", {"data": {"train": "*.csv"}}, None),
+        ("skypilot", {"data": {"train": "../*.csv"}}, r"\*.csv: a file"),
+        ("skypilot", {"data": {"train": "~/rows.csv"}}, "~/rows.csv: a file"),
+        ("kubernetes", {"data": {"train": "saved[train]"}}, r"saved\[train\]: a file"),
+        ("dstack", {"data": {"train": "saved[train]"}}, None),
         ("dstack", {"launch": {"cloud": {"volume": "v"}}}, "no pyproject.toml or setup.py: submit from a copy"),
     ],
 )
 def test_what_no_machine_would_find_is_refused(
-    tmp_path: Path, tool: str, changes: dict[str, Any], words: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, changes: dict[str, Any], words: str | None
 ) -> None:
     folder = tmp_path / "work"
-    folder.mkdir()
+    (folder / "saved").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(folder))  # which the machines have another of
     for file in (folder / "rows.csv", tmp_path / "outside.csv"):
         file.write_text("text,label\n")
     base = {"name": "x", "model": {"name": "demo:minilm"}, "data": {"train": "rows.csv"}}
