@@ -104,7 +104,7 @@ class DataSpec(Section):
     augment: bool = False
     """Random crops and flips of training images, seeded for each sample."""
     num_workers: Annotated[int, Field(ge=0)] | None = None
-    """Loader processes a rank; left out: 0 for text and on the CPU, up to 8 for images on a GPU."""
+    """Loader processes a rank; left out: 0 for text and on the CPU, 8 for images on a GPU."""
 
 
 class FreezeSpec(Section):

@@ -36,8 +36,8 @@ class CloudJob:
 
 def resource_name(name: str) -> str:
     """A run's name as clouds allow one: lower-case ASCII letters, digits and hyphens, at most 40, a letter first."""
-    cleaned = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].rstrip("-")
-    return cleaned if cleaned[:1].isalpha() else f"run-{cleaned}".rstrip("-")
+    cleaned = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return (cleaned if cleaned[:1].isalpha() else f"run-{cleaned}")[:40].rstrip("-")
 
 
 def memory_gb(job: CloudJob) -> int:

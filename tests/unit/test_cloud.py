@@ -206,7 +206,14 @@ def test_wrong_settings_are_refused_where_the_config_is_read(cloud: dict[str, An
 
 @pytest.mark.parametrize(
     ("name", "resource"),
-    [("Bert topics", "bert-topics"), ("3rd", "run-3rd"), ("ü", "run"), ("a" * 60, "a" * 40), ("$(x)", "x")],
+    [
+        ("Bert topics", "bert-topics"),
+        ("3rd", "run-3rd"),
+        ("ü", "run"),
+        ("a" * 60, "a" * 40),
+        ("3" * 60, "run-" + "3" * 36),
+        ("$(x)", "x"),
+    ],
 )
 def test_names_as_clouds_allow_them(name: str, resource: str) -> None:
     assert resource_name(name) == resource
