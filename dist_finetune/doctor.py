@@ -13,6 +13,7 @@ from dist_finetune.doctor_ranks import rank_findings, shared_folder_finding
 from dist_finetune.engine import open_accelerator
 from dist_finetune.errors import DistFinetuneError
 from dist_finetune.plan import Plan, make_plan
+from dist_finetune.run_folder import output_of
 from dist_finetune.spec import LaunchSpec, Spec
 from dist_finetune.topology import local_topology
 from dist_finetune.world import World, gather_objects, join_world, together
@@ -74,7 +75,7 @@ def _examine_together(spec: Spec | None, world: World, findings: list[Finding]) 
     findings += [problem] if problem else []
     local = local_findings(spec, plan, world.local_world_size)
     findings += _merged(gather_objects((socket.gethostname(), local)))
-    output = Path(spec.output if spec else "runs").absolute()
+    output = (output_of(spec) if spec else Path("runs")).absolute()
     findings.append(shared_folder_finding(world, "run folder", output, must_share=True))
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     findings.append(shared_folder_finding(world, "hub cache", cache, must_share=False))

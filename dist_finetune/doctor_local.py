@@ -21,6 +21,7 @@ from dist_finetune.launchers.environment import granted_gpus
 from dist_finetune.launchers.local import count_gpus
 from dist_finetune.plan import Plan
 from dist_finetune.preflight import GPUS_MISSING_TODO, gpus_missing
+from dist_finetune.run_folder import output_of
 from dist_finetune.spec import Spec
 
 HUB_TIMEOUT_S = 3.0
@@ -175,7 +176,7 @@ def gpu_findings(local_world_size: int) -> list[Finding]:
 
 def disk_finding(spec: Spec | None, plan: Plan | None) -> Finding:
     """Free space for the run folder against what the plan will write, the stored activations included."""
-    place = _existing(Path(spec.output if spec else "."))
+    place = _existing(output_of(spec) if spec else Path())
     free = shutil.disk_usage(place).free
     if spec is None or plan is None:
         return Finding("ok", "disk", f"{_gib(free)} free at {place}")

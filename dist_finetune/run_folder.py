@@ -47,9 +47,14 @@ PACKAGES = (
 )
 
 
+def output_of(spec: Spec) -> Path:
+    """The folder of all runs. `~` is the home of whoever runs this here: YAML, unlike a shell, leaves it as it is."""
+    return Path(spec.output).expanduser()
+
+
 def folder_of(spec: Spec) -> Path:
     """<output>/<name>."""
-    return Path(spec.output) / spec.name
+    return output_of(spec) / spec.name
 
 
 def resume_command(folder: Path) -> str:

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 
 from dist_finetune.errors import TrainingError, UserError
 from dist_finetune.launchers.local import count_gpus
+from dist_finetune.run_folder import output_of
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec
 
@@ -72,8 +73,9 @@ def check_config(
     if num_processes < 2:
         raise UserError("selfcheck compares one process with several; give --processes 2 or more")
     _refuse(spec)
-    Path(spec.output).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".selfcheck-", dir=spec.output) as folder:
+    output = output_of(spec)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".selfcheck-", dir=output) as folder:
         fixed = [*overrides, *_comparable(steps), *_shortened(spec, steps), f"output={json.dumps(folder)}"]
         alone = _train(config, [*fixed, *_plainest(spec), "name=alone"], 1)
         several = _train(config, [*fixed, "name=several"], num_processes)

@@ -21,7 +21,7 @@ from dist_finetune.models.on_meta import on_meta
 from dist_finetune.models.order import structure_for
 from dist_finetune.models.sources import build_model, describe_model
 from dist_finetune.report import Reporter
-from dist_finetune.run_folder import write_json, write_text
+from dist_finetune.run_folder import output_of, write_json, write_text
 from dist_finetune.spec import CacheSpec, Spec
 from dist_finetune.spec_features import FeaturesSpec
 from dist_finetune.topology import local_topology
@@ -82,7 +82,7 @@ def follow_advice(spec: Spec) -> Spec:
 
 def advice_folder(spec: Spec) -> Path:
     """<output>/<name>-advise."""
-    return Path(spec.output) / f"{spec.name}-advise"
+    return output_of(spec) / f"{spec.name}-advise"
 
 
 def _advise(spec: Spec, world: World, report: Reporter) -> Advice:

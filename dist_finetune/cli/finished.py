@@ -117,6 +117,7 @@ def cache(
     """List or delete stored activations of frozen prefixes."""
     from dist_finetune.cache.entries import clear, list_entries
 
+    folder = folder.expanduser()  # a shell leaves it in --folder=~/x
     if action == "clear":
         typer.echo(f"{clear(folder) / 2**20:,.1f} MiB freed in {folder}")
         return

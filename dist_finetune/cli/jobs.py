@@ -24,8 +24,10 @@ def run(
     fresh: Fresh = False,
 ) -> None:
     """Train on this machine: all visible GPUs, or CPU processes where there are none."""
+    from dist_finetune.run_folder import folder_of  # with the models of the config, as in `load`
+
     spec = load(config, overrides)
-    folder = Path(spec.output) / spec.name
+    folder = folder_of(spec)
     arguments = [config, *(overrides or ())]
     raise typer.Exit(_launch(arguments, folder, gpus, processes, fresh, spec.launch.max_restarts))
 
@@ -87,6 +89,8 @@ def features(
     fresh: Fresh = False,
 ) -> None:
     """Extract features at several depths and compare softmax and SVM heads on them; no layer is trained."""
+    from dist_finetune.run_folder import folder_of
+
     arguments = [config, *(overrides or ())]
     spec = load(config, overrides)
     if spec.task != "features":
@@ -95,7 +99,7 @@ def features(
         aside = ["freeze=none", "phases=[]", "strategy=null", "data.augment=false", "cache=off"]
         arguments += ["task=features", name, *aside]
         spec = load(config, arguments[1:])
-    folder = Path(spec.output) / spec.name
+    folder = folder_of(spec)
     raise typer.Exit(_launch(arguments, folder, gpus, processes, fresh, spec.launch.max_restarts))
 
 

@@ -222,10 +222,13 @@ def test_nothing_else_in_the_folder_is_touched(tmp_path: Path) -> None:
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == strange
 
 
-def test_the_command_lists_and_clears(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_lists_and_clears(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
     entry(tmp_path, OLD, 2 * MIB, 1e9)
     with pytest.raises(SystemExit, match=r"^0$"):
-        main(["cache", "ls", "--folder", str(tmp_path)])
+        main(["cache", "ls", f"--folder=~/{tmp_path.name}"])
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(OLD)
     assert "2.0 MiB" in line

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from dist_finetune.cache.entries import cache_root
 from dist_finetune.durations import parse_duration_s
 from dist_finetune.errors import UserError
+from dist_finetune.run_folder import folder_of
 from dist_finetune.spec import FreezeSpec, Spec
 from dist_finetune.spec_file import load_spec, resolved_yaml
 
@@ -265,3 +267,12 @@ def test_the_schema_takes_what_the_loader_takes() -> None:
     assert {"type": "string"} in definitions["DataSpec"]["properties"]["train"]["anyOf"]
     assert {"type": "string"} in Spec.model_json_schema()["properties"]["freeze"]["anyOf"]
     assert "except" in definitions["FreezeSpec"]["properties"]
+
+
+def test_a_home_in_yaml_is_that_of_who_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/her")
+    spec = load_spec({**SMALL, "output": "~/runs"})
+    assert folder_of(spec) == Path("/home/her/runs/small")
+    assert cache_root(spec) == Path("/home/her/runs/.cache")
+    assert cache_root(load_spec({**SMALL, "cache": {"folder": "~/fast"}})) == Path("/home/her/fast")
+    assert "output: ~/runs" in resolved_yaml(spec)  # on another machine it is another
