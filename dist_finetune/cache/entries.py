@@ -21,6 +21,8 @@ GIVEN_UP_S = 7 * 86400.0
 OWN = re.compile(r"(tokens-)?[0-9a-f]{20}")
 OWN_LEFTOVER = re.compile(rf"\.({OWN.pattern}\.(\d+x\d+|turn-\d+|[0-9a-f]{{8}})|speed-\d+)")
 """Nothing else is ever deleted: `cache.folder` may be a folder that holds more than a cache."""
+IN_USE_S = 86400.0
+"""A job may train from what was opened within so long; on a network disk other nodes lose what is deleted here."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ def list_entries(root: Path) -> list[CacheEntry]:
     entries = []
     for folder in _own(root, OWN):
         meta = folder / META
-        if meta.exists():
-            size = sum(p.stat().st_size for p in folder.iterdir())
+        with suppress(FileNotFoundError):  # not complete, or another job has just evicted it
             source = json.loads(meta.read_text(encoding="utf-8"))["source"]
+            size = sum(p.stat().st_size for p in folder.iterdir())
             entries.append(CacheEntry(folder.name, size, meta.stat().st_mtime, source))
     return sorted(entries, key=lambda entry: entry.used)
 
@@ -67,17 +69,23 @@ def _delete(path: Path) -> None:
 
 def make_room(root: Path, needed: int, quota: int) -> None:
     """Deletes least recently used entries until `needed` bytes more keep within `quota`, and what was begun and given
-    up long ago. Raises OSError, and deletes nothing, where they could never keep within it."""
+    up long ago. Raises OSError, and deletes no entry, where they can't keep within it while others are in use."""
+    mib = 2**20
     if needed > quota:
-        mib = 2**20
         told = f"{needed / mib:,.0f} MiB are more than cache.quota, which is {quota / mib:,.0f} MiB"
         raise OSError(errno.EDQUOT, told)
     for part in _own(root, OWN_LEFTOVER):
-        if time.time() - part.stat().st_mtime > GIVEN_UP_S:
-            _delete(part)
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > GIVEN_UP_S:
+                _delete(part)
     entries = list_entries(root)
     held = sum(entry.num_bytes for entry in entries)
-    for entry in entries:
+    unused = [entry for entry in entries if time.time() - entry.used > IN_USE_S]
+    in_use = held - sum(entry.num_bytes for entry in unused)
+    if in_use + needed > quota:
+        told = f"{needed / mib:,.0f} MiB and the {in_use / mib:,.0f} MiB of entries that were used within a day"
+        raise OSError(errno.EDQUOT, f"{told} are more than cache.quota, which is {quota / mib:,.0f} MiB")
+    for entry in unused:
         if held + needed <= quota:
             break
         shutil.rmtree(root / entry.key, ignore_errors=True)

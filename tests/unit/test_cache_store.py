@@ -3,7 +3,9 @@
 import json
 import os
 import resource
+import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,7 +183,7 @@ def entry(root: Path, key: str, num_bytes: int, used: float) -> None:
 
 
 def test_the_quota_evicts_what_was_used_longest_ago(tmp_path: Path) -> None:
-    for key, used in ((OLD, 1e9), (NEWER, 2e9), (NEWEST, 3e9)):
+    for key, used in ((OLD, 1e9), (NEWER, 1.1e9), (NEWEST, 1.2e9)):
         entry(tmp_path, key, MIB, used)
     make_room(tmp_path, MIB, quota=10 * MIB)
     assert [e.key for e in list_entries(tmp_path)] == [OLD, NEWER, NEWEST]
@@ -196,6 +198,32 @@ def test_what_could_never_keep_within_the_quota_evicts_nothing(tmp_path: Path) -
     with pytest.raises(OSError, match=r"5 MiB are more than cache\.quota, which is 4 MiB"):
         make_room(tmp_path, 5 * MIB, quota=4 * MIB)
     assert [e.key for e in list_entries(tmp_path)] == [OLD]
+
+
+def test_what_a_job_may_still_read_is_not_evicted(tmp_path: Path) -> None:
+    entry(tmp_path, OLD, MIB, 1e9)
+    entry(tmp_path, NEWER, MIB, time.time() - 3600)
+    with pytest.raises(OSError, match=r"2 MiB and the 1 MiB of entries that were used within a day are more than"):
+        make_room(tmp_path, 2 * MIB, quota=int(2.5 * MIB))
+    assert [e.key for e in list_entries(tmp_path)] == [OLD, NEWER]
+    make_room(tmp_path, MIB, quota=int(2.5 * MIB))
+    assert [e.key for e in list_entries(tmp_path)] == [NEWER]
+
+
+def test_an_entry_that_goes_while_entries_are_listed_is_no_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry(tmp_path, OLD, MIB, 1e9)
+    entry(tmp_path, NEWER, MIB, 1e9)
+    read_text = Path.read_text
+
+    def evicted_before(path: Path, **options: str) -> str:
+        if path.parent.name == OLD:
+            shutil.rmtree(path.parent)
+        return read_text(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", evicted_before)
+    assert [e.key for e in list_entries(tmp_path)] == [NEWER]
 
 
 def test_what_was_begun_and_given_up_is_removed(tmp_path: Path) -> None:
