@@ -175,7 +175,7 @@ class TrainSpec(Section):
     max_skipped: Annotated[int, Field(ge=0)] = 0
     """Steps that may be left out because their loss or gradients are not finite; the next one ends the run."""
     early_stop: PositiveInt | None = None
-    """Stop after so many epochs without a better validation score."""
+    """Stop after so many epochs without a better validation score; of several phases, the one that trains."""
     log_every: PositiveInt = 10
     """Optimizer steps between two lines of metrics."""
 

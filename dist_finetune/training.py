@@ -238,12 +238,15 @@ def _evaluate(job: Job, stage: Stage, progress: Progress, saver: Saver, stop: St
 
 
 def _is_enough(job: Job, phase: PhasePlan, progress: Progress) -> bool:
-    """True where the phase waits for a plateau and met one, or the run's patience is over."""
+    """True where the phase waits for a plateau and met one, or has used up `train.early_stop`. A next phase trains
+    other parts, and so starts with patience of its own."""
     if phase.until == "plateau" and progress.without_gain > 0:
         job.report.say(f"phase {phase.name}: plateau after step {progress.step}")
         return True
     patience = job.plan.spec.train.early_stop
     if patience and progress.without_gain >= patience:
-        job.report.say(f"stopping early: {progress.without_gain} evaluations without a better score")
+        after = [later.name for later in job.plan.phases[phase.index + 1 :]]
+        what = f"phase {phase.name} ends early, {after[0]} comes next" if after else "stopping early"
+        job.report.say(f"{what}: {progress.without_gain} evaluations without a better score")
         return True
     return False

@@ -208,6 +208,24 @@ def test_a_run_whose_patience_was_over_is_not_trained_on(finished: Any, tmp_path
     assert resumed.metrics == whole.metrics
 
 
+def test_patience_ends_a_phase_and_the_next_one_has_its_own(finished: Any, tmp_path: Path) -> None:
+    _, _, config = finished
+    phases = [
+        {"name": name, "freeze": freeze, "epochs": 4, "lr": 1e-12}
+        for name, freeze in (("a", "backbone"), ("b", "none"))
+    ]
+    changes = {"freeze": None, "phases": phases, "train": {"global_batch_size": 32, "early_stop": 1}}
+    path = write_config(tmp_path / "job.yaml", {**config, **changes}, name="job", output=str(tmp_path))
+    done = train(load_spec(str(path)))
+    steps = [phase["last_step"] for phase in done.phases]
+    assert len(steps) == 2
+    assert steps[0] < 16
+    assert steps[1] < steps[0] + 16
+    log = (tmp_path / "job" / "log.txt").read_text(encoding="utf-8")
+    assert "phase a ends early, b comes next: 1 evaluations without a better score" in log
+    assert log.count("stopping early: 1 evaluations") == 1
+
+
 def test_verify_on_the_command_line(again: tuple[Path, Train]) -> None:
     run, _ = again
     newest = checkpoint_folders(run)[0]
