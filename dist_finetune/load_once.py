@@ -98,9 +98,14 @@ def change_once_a_node(model: nn.Module, change: Callable[[], Iterable[str]], wo
                 change()
                 return
             made, known = offers[here]
-            tensors = _named(model)
-            for index, name in enumerate(known):
-                tensors[name].data = _mapped(made / str(index), tensors[name].dtype, tensors[name].shape)
+            tensors = [_named(model)[name] for name in known]
+            try:
+                mapped = [_mapped(made / str(i), tensor.dtype, tensor.shape) for i, tensor in enumerate(tensors)]
+            except (OSError, RuntimeError):  # containers of one host name may each have temporary files of their own
+                change()
+                return
+            for tensor, data in zip(tensors, mapped, strict=True):
+                tensor.data = data
 
         together(lambda: None if changes else take())
 

@@ -4,6 +4,8 @@ import hashlib
 import math
 import os
 import pickle
+import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,15 @@ from transformers import (
 )
 from transformers.integrations import HfDeepSpeedConfig
 
+from dist_finetune import load_once
 from dist_finetune.errors import UserError
 from dist_finetune.models.card import Provenance
 from dist_finetune.models.demo import efficientnet_file
 from dist_finetune.models.load import load_model
 from dist_finetune.models.sources import describe_model
 from dist_finetune.models.weights import files_sha256, read_weights, write_weights
-from dist_finetune.spec import ModelSpec
+from dist_finetune.spec import LaunchSpec, ModelSpec
+from dist_finetune.world import join_world
 
 CLASSES = ("cat", "dog", "owl")
 TINY = {
@@ -276,3 +280,25 @@ def test_as_many_classes_as_the_source_by_chance_still_get_a_new_head(tmp_path: 
     model, provenance = load("timm:test_resnet", weights=str(tmp_path / "w.safetensors"))
     assert provenance.initialized == ("fc.weight", "fc.bias")
     assert not torch.equal(model.state_dict()["fc.weight"], source.state_dict()["fc.weight"])
+
+
+def test_files_that_a_rank_does_not_see_are_changes_that_it_makes_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in two containers of one host name: what one wrote to its /tmp is not in the other's."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # which joining sets
+    model = nn.Linear(2, 2)
+    (tmp_path / "0").write_bytes(bytes(16))  # of two tensors one
+
+    def change() -> list[str]:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(1.0)
+        return ["weight", "bias"]
+
+    with join_world(LaunchSpec()) as world:
+        second = replace(world, rank=1, local_rank=1, world_size=2, local_world_size=2)
+        offer = (socket.gethostname(), tmp_path, ("weight", "bias"))
+        monkeypatch.setattr(load_once, "gather_objects", lambda own: [offer, own])
+        load_once.change_once_a_node(model, change, second)
+    assert all(bool((parameter == 1.0).all()) for parameter in model.parameters())
