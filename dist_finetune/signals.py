@@ -25,6 +25,11 @@ def hold_back_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
+def let_signals_through() -> None:
+    """Ends what `run` began for its workers: work that saves nothing before its end is ended by a signal at once."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def follow_launcher(env: Mapping[str, str] = os.environ) -> None:
     """Has a worker get a SIGTERM when its launcher is gone, however it went. torchrun (or accelerate launch) that is
     killed with -9 leaves its workers behind, `deepspeed` after any signal: they would go on and hold their GPUs."""

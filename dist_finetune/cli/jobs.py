@@ -12,7 +12,7 @@ from dist_finetune.cli.options import Config, Fresh, Gpus, Overrides, Processes,
 from dist_finetune.errors import UserError
 from dist_finetune.launchers.environment import refuse_run_in_many, world_from_environment
 from dist_finetune.launchers.local import count_gpus, launch_local, num_workers
-from dist_finetune.signals import follow_launcher, hold_back_signals
+from dist_finetune.signals import follow_launcher, hold_back_signals, let_signals_through
 from dist_finetune.verdict import tell_job_script
 
 
@@ -73,6 +73,8 @@ def train(
         hold_back_signals()  # until training can answer them with a checkpoint
         if world.rank == 0:
             tell_job_script("running")
+    else:
+        let_signals_through()
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from dist_finetune.worker import run_task

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 from dist_finetune import __version__, selfcheck
 from dist_finetune.cli import main
 from dist_finetune.selfcheck import SelfCheck
+from dist_finetune.signals import SIGNALS
 
 CONFIG = "model: {name: m}\ndata: {train: rows.csv}\n"
 HEAVY = ("torch", "transformers", "timm", "datasets", "accelerate", "deepspeed", "sklearn", "pandas", "numpy", "wandb")
@@ -179,6 +181,24 @@ def test_launch_script_is_the_worker(config: str) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.endswith("override: unknown key train.lrr. Did you mean lr?\n")
+
+
+@pytest.mark.parametrize(("line", "is_held"), [("task=features", False), ("strategy=auto", False), ("name=a", True)])
+def test_a_worker_holds_signals_back_only_for_training(
+    line: str, is_held: bool, config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`run` starts every worker with signals blocked: probes and extraction must end on Ctrl-C all the same."""
+    blocked: list[set[int]] = []
+    monkeypatch.setattr(
+        "dist_finetune.worker.run_task", lambda *_, **__: blocked.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        assert ended(capsys, "train", config, line)[0] == 0
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert [set(SIGNALS) <= mask for mask in blocked] == [is_held]
+    assert is_held or not blocked[0] & set(SIGNALS)
 
 
 def test_a_launchers_bad_variable_is_refused_in_words(
