@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dist_finetune.errors import UserError
-from dist_finetune.memory.choice import rows_in_caches
+from dist_finetune.memory.choice import Limits, RankMemory, rows_in_caches
 from dist_finetune.spec import Spec
 from dist_finetune.topology import Topology
 
@@ -55,18 +55,18 @@ def steps_per_epoch(spec: Spec, num_rows: int) -> int:
     return -(-num_rows // spec.train.global_batch_size)
 
 
-def plan_batches(spec: Spec, topology: Topology, data: "DataPlan", rows_per_rank: int, micro: int) -> BatchPlan:
-    """The batches of a run whose ranks take `micro` of their `rows_per_rank` at once."""
-    train, num_rows = spec.train, data.num_rows["train"]
+def plan_batches(spec: Spec, data: "DataPlan", limits: Limits, memory: RankMemory) -> BatchPlan:
+    """The batches of a run whose ranks take `memory.micro_batch_size` of their rows at once."""
+    train, num_rows, micro = spec.train, data.num_rows["train"], memory.micro_batch_size
     steps = steps_per_epoch(spec, num_rows)
     if train.eval_batch_size != "auto":
         eval_batch = train.eval_batch_size
-    elif topology.device == "cpu" and data.image_size:
+    elif limits.device == "cpu" and data.image_size:
         eval_batch = rows_in_caches(data.image_size)
     else:
-        eval_batch = max(64, 2 * micro)
+        eval_batch = _eval_rows(memory, limits.usable_bytes)
     last = num_rows - (steps - 1) * train.global_batch_size
-    accumulated = rows_per_rank // micro
+    accumulated = limits.rows_per_rank // micro
     tokens = micro * data.max_length if data.max_length and train.micro_batch_size == "auto" else None
     return BatchPlan(
         train.global_batch_size,
@@ -77,3 +77,16 @@ def plan_batches(spec: Spec, topology: Topology, data: "DataPlan", rows_per_rank
         last,
         tokens if accumulated > 1 else None,
     )
+
+
+def _eval_rows(memory: RankMemory, usable_bytes: int | None) -> int:
+    """Rows of a pass without gradients: many, and where a limit is known no more than training would have room for,
+    which keeps more of each row."""
+    micro = memory.micro_batch_size
+    wanted = max(64, 2 * micro)
+    if usable_bytes is None:
+        return wanted
+    if not memory.activations:
+        return 2 * micro
+    room = usable_bytes - memory.state.total - memory.state.communication
+    return max(micro, min(wanted, micro * room // memory.activations))

@@ -226,7 +226,7 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
         _offload(spec, topology, strategies),
     )
     strategy, reason = choose_strategy(spec.shard.strategy, costs.memory, limits)
-    batches = plan_batches(spec, topology, data, share, costs.memory[strategy].micro_batch_size)
+    batches = plan_batches(spec, data, limits, costs.memory[strategy])
     if spec.task != "features":  # which trains nothing, in batches of its own
         refuse_one_value_a_channel(
             model,

@@ -117,6 +117,19 @@ def test_offloading_is_shown_and_named_where_nothing_else_fits(folder):
     assert planned(Topology(1, 2, "cpu")).costs.offloaded is None
 
 
+def test_an_evaluation_takes_no_more_rows_than_training_would_have_room_for(folder):
+    spec = spec_of(folder, freeze="none", data={"train": str(folder / "rows.csv"), "max_length": 512})
+    assert make_plan(spec, gpus(1, None)).batches.eval_batch_size == 128
+    assert make_plan(spec, gpus(1, 80 * 1024)).batches.eval_batch_size == 128
+    small = make_plan(spec, gpus(1, 200))
+    batches, found = small.batches, small.memory["ddp"]
+    assert batches.micro_batch_size <= batches.eval_batch_size < 64
+    room = 0.92 * 200 * MIB - found.state.total - found.state.communication
+    assert small.costs.activations.at(batches.eval_batch_size) <= room
+    few = spec.model_copy(update={"train": spec.train.model_copy(update={"micro_batch_size": 1})})
+    assert make_plan(few, gpus(1, 80 * 1024)).batches.eval_batch_size == 64
+
+
 def test_a_micro_batch_is_the_largest_divisor_that_fits(folder):
     spec = spec_of(folder, shard={"strategy": "ddp"})
     roomy = make_plan(spec, gpus(1, 10_000))
