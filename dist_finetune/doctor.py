@@ -15,7 +15,7 @@ from dist_finetune.errors import DistFinetuneError
 from dist_finetune.plan import Plan, make_plan
 from dist_finetune.run_folder import output_of
 from dist_finetune.spec import LaunchSpec, Spec
-from dist_finetune.topology import local_topology
+from dist_finetune.topology import job_topology
 from dist_finetune.world import World, gather_objects, join_world, together
 
 JOIN_TIMEOUT_S = 60.0
@@ -85,7 +85,7 @@ def _plan(spec: Spec | None, world: World) -> tuple[Plan | None, Finding | None]
     """The plan of `spec` for this job, and what is wrong with it; Accelerate and DeepSpeed must see the same world."""
     if spec is None:
         return None, None
-    topology = local_topology(world.local_world_size, world.num_nodes)
+    topology = job_topology(world)
     try:
         plan = together(lambda: make_plan(spec, topology))
         together(lambda: open_accelerator(plan, plan.phases[0], world))

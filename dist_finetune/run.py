@@ -21,7 +21,7 @@ from dist_finetune.spec import Spec
 from dist_finetune.stage import load_base, next_stage, open_stage
 from dist_finetune.stopping import StopWish, stop_if_told
 from dist_finetune.summary import Summary, load_summary, write_end, write_freeze, write_start
-from dist_finetune.topology import local_topology
+from dist_finetune.topology import job_topology
 from dist_finetune.training import fit
 from dist_finetune.trial import tried_micro_batch
 from dist_finetune.watchdog import Watchdog
@@ -90,7 +90,7 @@ def _prepare(spec: Spec, world: World, report: Reporter, signals: StopSignals) -
     require_same_versions()
     report.say(f"reading {', '.join(spec.data.train)}")
     tables = together(lambda: read_tables(spec.data, spec.train.seed, task=spec.label_task))
-    topology = local_topology(world.local_world_size, world.num_nodes)
+    topology = job_topology(world)
     plan = together(lambda: plan_run(spec, topology, tables))
     if spec.train.micro_batch_size == "auto" and world.device.type == "cuda":
         plan = _tried(plan, tables, world, report)

@@ -24,7 +24,7 @@ from dist_finetune.report import Reporter
 from dist_finetune.run_folder import output_of, write_json, write_text
 from dist_finetune.spec import CacheSpec, Spec
 from dist_finetune.spec_features import FeaturesSpec
-from dist_finetune.topology import local_topology
+from dist_finetune.topology import job_topology
 from dist_finetune.world import World, join_world, on_first, together
 
 
@@ -120,7 +120,7 @@ def _prepare(spec: Spec, sampled: Tables, world: World, report: Reporter) -> Fea
 
 
 def _price(spec: Spec, evidence: Evidence, job: FeatureJob, tables: Tables, world: World) -> dict[str, Cost]:
-    topology = local_topology(world.local_world_size, world.num_nodes)
+    topology = job_topology(world)
     options = choices(evidence, job.plan.structure, job.plan.card.default_lr)
     bare = spec.model_copy(update={"cache": CacheSpec(mode="off")})
     return {name: cost_of(part, bare, evidence, topology, tables) for name, part in options.items()}

@@ -27,7 +27,7 @@ from dist_finetune.report import PLAIN_LINE_EVERY_S, Reporter
 from dist_finetune.spec import CacheSpec, FreezeSpec, Spec, TrainSpec
 from dist_finetune.stage import load_base
 from dist_finetune.tasks.names import require_classification
-from dist_finetune.topology import local_topology
+from dist_finetune.topology import job_topology
 from dist_finetune.world import World, gather_objects, on_first, require_same, together
 
 CUDA_BATCH_SIZE = 128
@@ -92,7 +92,7 @@ def class_tables(spec: Spec, what: str) -> Tables:
 
 def prepare_features(spec: Spec, tables: Tables, folder: Path, world: World, report: Reporter) -> FeatureJob:
     """Everything that extraction needs; its features go to `folder`/features. Collective."""
-    plan = plan_run(_frozen(spec, world), local_topology(world.local_world_size, world.num_nodes), tables)
+    plan = plan_run(_frozen(spec, world), job_topology(world), tables)
     require_same("the plan", plan.digest(), "Give every rank the same config, data and package versions.")
     tokenizer = together(lambda: load_tokenizer(plan.card)) if plan.card.modality == "text" else None
     splits = encode_once(plan, tables, tokenizer, world)

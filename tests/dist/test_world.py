@@ -92,6 +92,33 @@ def test_accelerate_must_see_the_same_world(material: Material, tmp_path, strate
         assert f"{who} sees 2 processes, torch.distributed 1" in said
 
 
+UNLIKE_CPUS = """
+import sys
+import torch
+from dist_finetune.report import Reporter
+from dist_finetune.run import _prepare
+from dist_finetune.signals import StopSignals
+from dist_finetune.spec_file import load_spec
+from dist_finetune.world import join_world
+
+spec = load_spec(sys.argv[1])
+with StopSignals() as signals, join_world(spec.launch) as world:
+    torch.cpu._is_amx_tile_supported = lambda: world.is_first
+    plan = _prepare(spec, world, Reporter(False), signals).plan
+    open(f"{sys.argv[2]}.{world.rank}", "w").write(f"{plan.topology.has_amx} {plan.digest()}")
+"""
+
+
+def test_machines_of_different_kinds_run_one_job(material: Material, tmp_path) -> None:
+    (tmp_path / "code.py").write_text(UNLIKE_CPUS)
+    config = write_config(tmp_path / "c.yaml", material.text(), output=str(tmp_path / "runs"))
+    done = run_ranks(2, tmp_path / "code.py", [config, tmp_path / "said"], 200, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = ((tmp_path / f"said.{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    assert first.startswith("False")
+
+
 SLOW_FILES = """
 import sys, time
 from pathlib import Path

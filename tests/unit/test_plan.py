@@ -19,7 +19,7 @@ from dist_finetune.plan_text import cost_lines, plan_lines, plan_notes, render_p
 from dist_finetune.report import Reporter
 from dist_finetune.run import _tried
 from dist_finetune.spec import LaunchSpec, Spec
-from dist_finetune.topology import Topology
+from dist_finetune.topology import Topology, least_of
 from dist_finetune.world import join_world
 
 MIB = 2**20
@@ -115,6 +115,18 @@ def test_offloading_is_shown_and_named_where_nothing_else_fits(folder):
     for section in ({"strategy": "zero3", "offload": "parameters"}, {"strategy": "zero2", "offload": "optimizer"}):
         assert planned(gpus(2, None), shard=section).costs.offloaded is None
     assert planned(Topology(1, 2, "cpu")).costs.offloaded is None
+
+
+def test_ranks_of_different_devices_plan_for_the_weakest(folder):
+    ranks = [
+        Topology(1, 2, "cuda", 80 * 1024 * MIB, supports_bf16=True),
+        Topology(1, 2, "cuda", 40 * 1024 * MIB, supports_bf16=False),
+    ]
+    first, second = (make_plan(spec_of(folder), least_of(rank, ranks)) for rank in ranks)
+    assert first.digest() == second.digest()
+    assert (first.topology.device_memory_bytes, first.precision) == (40 * 1024 * MIB, "fp32")
+    cpus = [Topology(has_amx=True), Topology(has_amx=False)]
+    assert least_of(cpus[0], cpus) == least_of(cpus[1], cpus) == cpus[1]
 
 
 def test_an_evaluation_takes_no_more_rows_than_training_would_have_room_for(folder):
