@@ -30,7 +30,7 @@ def local_topology(processes: int = 1, num_nodes: int = 1) -> Topology:
     """The topology of this machine's device with so many processes on a node."""
     if not torch.cuda.is_available():
         return Topology(num_nodes, processes, "cpu", has_amx=torch.cpu._is_amx_tile_supported())
-    memory = torch.cuda.get_device_properties(0).total_memory
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return Topology(num_nodes, processes, "cuda", memory, has_bf16())
 
 
