@@ -23,6 +23,7 @@ from dist_finetune.memory.activations import fake_inputs
 from dist_finetune.memory.choice import USABLE_SHARE, Limits, RankMemory, choose_strategy
 from dist_finetune.memory.costs import Costs, PassRequest, plan_costs
 from dist_finetune.memory.demand import Way
+from dist_finetune.memory.state import FP32_BYTES
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.on_meta import on_meta
 from dist_finetune.models.order import structure_for
@@ -100,6 +101,12 @@ class Plan:
             + f", and of a GPU's {limit / 2**30:.1f} GiB {USABLE_SHARE * limit / 2**30:.1f} are usable: "
             + ", or ".join(ways)
         )
+
+    @property
+    def is_larger_than_device(self) -> bool:
+        """True where a device could not hold the whole model, which zero3 and fsdp never ask of it."""
+        limit = self.topology.device_memory_bytes
+        return limit is not None and self.structure.num_params * FP32_BYTES > limit
 
     @property
     def precision_reason(self) -> str:

@@ -114,7 +114,10 @@ def _prepare(spec: Spec, world: World, report: Reporter, signals: StopSignals) -
 
 def _tried(plan: Plan, tables: Tables, world: World, report: Reporter) -> Plan:
     """The plan at a micro-batch that has run on every rank: its own, or a smaller one where memory says so."""
-    planned, rows = plan.batches.micro_batch_size, tried_micro_batch(plan, world)
+    planned = plan.batches.micro_batch_size
+    rows, untried = tried_micro_batch(plan, world)
+    if untried:
+        report.notes([f"micro-batch {rows} is as planned, and was not tried on every rank: {untried}"])
     if rows == planned:
         return plan
     report.notes([f"micro-batch {rows}: the planned {planned} ran out of memory when tried"])

@@ -1,6 +1,7 @@
 """`micro_batch_size: auto` tried out: forward and backward at the largest shape, beside what a rank will hold."""
 
 import gc
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,34 +9,43 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_finetune.engine.blocks import prepare_blocks
+from dist_finetune.engine.build import CUT_AS_THEY_ARRIVE
 from dist_finetune.engine.precision import autocast_of, round_frozen
 from dist_finetune.errors import PlanError
 from dist_finetune.evaluate import to_device
 from dist_finetune.freeze import apply_freeze, train_mode
-from dist_finetune.memory.activations import fake_inputs
+from dist_finetune.memory.activations import drop_gradient, fake_inputs
 from dist_finetune.memory.demand import demanding
 from dist_finetune.models.on_meta import on_meta
 from dist_finetune.models.sources import build_model, forward_logits
 from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
 from dist_finetune.tasks.task import task_of
-from dist_finetune.world import World
+from dist_finetune.world import World, gather_objects
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "could not create a memory object")
+NO_MEMORY = "out of memory"
+OUT_OF_MEMORY = (
+    NO_MEMORY,
+    "can't allocate memory",
+    "could not create a memory object",
+    "status_alloc_failed",  # of cuBLAS or cuDNN
+    "unable to find an engine",  # cuDNN, where no convolution's workspace fits
+)
 
 
-def tried_micro_batch(plan: Plan, world: World) -> int:
-    """The planned micro-batch, or the largest below it that every rank could run. Collective.
+def tried_micro_batch(plan: Plan, world: World) -> tuple[int, str | None]:
+    """The planned micro-batch, or the largest below it that every rank could run; and why a rank could not try, if one
+    could not: then the plan's word stands there. Collective.
 
     The model is there with its shapes and zeros for weights. Each rank tries alone, with no collective that another
     rank's lack of memory could leave waiting, and with a ballast as large as the optimizer state and buckets to come.
-    Under zero3 and fsdp the whole model stands in for the shards, so that what runs here runs there, too; where the
-    model itself is larger than a device, the plan's word stands. Raises PlanError where not even the smallest runs.
+    Under zero3 and fsdp the whole model stands in for the shards, so that what runs here runs there, too; where it
+    leaves no room, that says nothing. Raises PlanError where not even the smallest runs.
     """
     planned = plan.batches.micro_batch_size
     share = plan.batches.global_batch_size // world.world_size
     sizes = [rows for rows in range(planned, 0, -1) if share % rows == 0]
-    fits = planned if _is_larger_than_device(plan) else next((n for n in sizes if _runs(plan, n, world.device)), 0)
+    fits, untried = _largest(plan, sizes, world.device)
     least = torch.tensor(fits, device=world.device)
     dist.all_reduce(least, dist.ReduceOp.MIN)
     if not least:
@@ -45,29 +55,42 @@ def tried_micro_batch(plan: Plan, world: World) -> int:
             "data.max_length or data.image_size, or set train.gradient_checkpointing"
         )
     # a share is a multiple of every rank's answer, and so the smallest is one of the sizes
-    return int(least)
+    return int(least), next((reason for reason in gather_objects(untried) if reason), None)
 
 
-def _is_larger_than_device(plan: Plan) -> bool:
-    limit = plan.topology.device_memory_bytes
-    return limit is not None and plan.structure.num_params * 4 > limit
+def _largest(plan: Plan, sizes: Sequence[int], device: torch.device) -> tuple[int, str | None]:
+    """The largest of `sizes` that runs here, 0 where none does; or the first one, and why none could be tried."""
+    if plan.is_larger_than_device:
+        return sizes[0], "the whole model, which a trial holds, is larger than a GPU"
+    for rows in sizes:
+        problem = _problem(plan, rows, device)
+        if problem is None:
+            return rows, None
+        if problem != NO_MEMORY and rows == sizes[0]:
+            return rows, problem
+    if plan.strategy in CUT_AS_THEY_ARRIVE:
+        return sizes[0], "the whole model, which a trial holds, leaves no room on a GPU"
+    return 0, None
 
 
-def _runs(plan: Plan, rows: int, device: torch.device) -> bool:
-    """True where a forward and a backward pass of so many rows fit into memory, in the phases that need most."""
+def _problem(plan: Plan, rows: int, device: torch.device) -> str | None:
+    """What is wrong with a forward and a backward pass of so many rows, in the phases that need most: NO_MEMORY, or an
+    error's words; None where they run."""
     try:
         for phase in demanding(plan.phases):
             _pass(plan, phase, rows, device)
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY):
-            return False
-        raise
+    except (
+        Exception
+    ) as error:  # a user's model may do anything on the meta device, and the run itself does not go there
+        words = f"{type(error).__name__}: {error}".splitlines()[0]
+        is_known = any(known in str(error).lower() for known in OUT_OF_MEMORY)
+        return NO_MEMORY if isinstance(error, MemoryError) or is_known else words
     finally:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)  # a run reports its own peak
-    return True
+    return None
 
 
 def _pass(plan: Plan, phase: PhasePlan, rows: int, device: torch.device) -> None:
@@ -78,8 +101,13 @@ def _pass(plan: Plan, phase: PhasePlan, rows: int, device: torch.device) -> None
     prepare_blocks(model, plan, phase)
     train_mode(model, phase.manifest)
     state = plan.memory[plan.strategy].state
+    trainable = [p for p in model.parameters() if p.requires_grad]
     there = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    there += sum(p.nbytes for p in model.parameters() if p.requires_grad)  # gradients, in the backward pass
+    if plan.strategy in CUT_AS_THEY_ARRIVE:  # gradients too are cut as they come; the ballast has a rank's share
+        for parameter in trainable:
+            parameter.register_post_accumulate_grad_hook(drop_gradient)
+    else:
+        there += sum(p.nbytes for p in trainable)  # gradients, in the backward pass
     ballast = torch.empty(max(0, state.total + state.communication - there), dtype=torch.uint8, device=device)
     batch: Any = to_device(fake_inputs(plan.card, plan.data.max_length, plan.data.image_size)(rows), device)
     with autocast_of(plan)():

@@ -230,7 +230,7 @@ def measured_pass(
     alive = Alive(known, micro_batch_size, run)
     with contextlib.ExitStack() as stack:
         for parameter in parameters:
-            stack.callback(parameter.register_post_accumulate_grad_hook(_drop_gradient).remove)
+            stack.callback(parameter.register_post_accumulate_grad_hook(drop_gradient).remove)
         stack.enter_context(alive)
         batch = inputs(micro_batch_size)
         with (
@@ -270,7 +270,8 @@ def fake_inputs(card: ModelCard, max_length: int | None, image_size: tuple[int, 
     return lambda rows: torch.zeros(rows, 3, *image_size)
 
 
-def _drop_gradient(parameter: torch.Tensor) -> None:
+def drop_gradient(parameter: torch.Tensor) -> None:
+    """Lets go of a gradient as soon as it is there."""
     parameter.grad = None
 
 

@@ -13,24 +13,24 @@ from pathlib import Path
 from dist_finetune.plan import make_plan
 from dist_finetune.topology import local_topology
 from dist_finetune.spec_file import load_spec
-from dist_finetune.trial import _runs, tried_micro_batch
+from dist_finetune.trial import _problem, tried_micro_batch
 from dist_finetune.world import join_world
 
 config, results, spare = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 spec = load_spec(str(config), [])
 with join_world(spec.launch) as world:
     plan = make_plan(spec, local_topology(2))
-    unlimited = tried_micro_batch(plan, world)  # which also has everything imported that a pass needs
+    unlimited, _ = tried_micro_batch(plan, world)  # which also has everything imported that a pass needs
     if world.rank == 1:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + spare
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     error, rows = None, 0
     try:
-        rows = tried_micro_batch(plan, world)
+        rows, _ = tried_micro_batch(plan, world)
     except Exception as found:
         error = f"{type(found).__name__}: {found}"
-    above = world.rank == 1 and bool(rows) and _runs(plan, 2 * rows, world.device)
+    above = world.rank == 1 and bool(rows) and _problem(plan, 2 * rows, world.device) is None
     found = [plan.batches.micro_batch_size, unlimited, rows, above, error]
     Path(f"{results}.{world.rank}").write_text(json.dumps(found))
 """
