@@ -66,10 +66,8 @@ def cache_splits(
     """
     job.report.say("caching the frozen part's activations")
     started = time.perf_counter()
-    model.to(job.world.device)
     probe = job.splits["train"].first_batch(PROBE_ROWS)
-    train_mode(model, phase.manifest)
-    cut = find_cut(model, to_device(probe["inputs"], job.world.device))
+    cut = together(lambda: _cut_on_device(job, phase, model, probe))
     model.eval()
     cut = replace(cut, reads_first_only=on_first(job.world, lambda: _reads_first_only(job, model, cut, probe)))
     key, source = _key(job, cut, frozen_digests)
@@ -89,6 +87,20 @@ def cache_splits(
     where = f"the first token at {cut.at.path}" if cut.reads_first_only else cut.at.path
     job.report.say(f"cache {what}: {entry.num_bytes / 2**20:,.0f} MiB of {where}, {entry.folder}")
     return cached, cut
+
+
+def _cut_on_device(job: Job, phase: PhasePlan, model: nn.Module, batch: dict[str, Any]) -> Cut:
+    """The cut, with the whole model on this rank's device. Raises NoCut where that has no room for it: under zero3 and
+    fsdp a model need not fit."""
+    if job.plan.is_larger_than_device:
+        raise NoCut("the whole model, which fills it, is larger than a GPU")
+    try:
+        model.to(job.world.device)
+        train_mode(model, phase.manifest)
+        return find_cut(model, to_device(batch["inputs"], job.world.device))
+    except torch.OutOfMemoryError:
+        model.to("cpu")
+        raise NoCut("the whole model, which fills it, finds no room on a GPU") from None
 
 
 def _require_worth(job: Job, phase: PhasePlan, model: nn.Module, cut: Cut, entry: Entry) -> None:

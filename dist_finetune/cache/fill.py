@@ -129,7 +129,10 @@ def _fill_entry(job: Job, model: nn.Module, cut: Cut, entry: Entry, turn: Turn |
     def fill() -> None:
         for name, rows in job.splits.items():
             started = time.perf_counter()
-            _fill(job, model, cut, rows, writers[name])
+            try:
+                _fill(job, model, cut, rows, writers[name])
+            except torch.OutOfMemoryError:
+                raise NoCut("filling it runs out of a GPU's memory; train.eval_batch_size has its rows") from None
             seconds[name] = round(time.perf_counter() - started, 3)
 
     def publish() -> None:
