@@ -35,6 +35,7 @@ def encode_splits(
             tokenizer,
             seed if name == "train" else None,
             partial(keep, name, table) if keep else None,
+            plan.topology.processes_per_node,
         )
         for name, table in tables.splits.items()
     }
@@ -56,15 +57,25 @@ def encode_table(
     tokenizer: PreTrainedTokenizerBase | None,
     augment_seed: int | None = None,
     keep: Callable[[Callable[[], TextRows]], TextRows] | None = None,
+    num_ranks: int = 1,
 ) -> Rows:
-    """Rows of one table as tokens, or for a model that takes `image`s; augmented where a seed is given."""
+    """Rows of one table as tokens, or for a model that takes `image`s; augmented where a seed is given. `num_ranks`
+    share the memory of this machine."""
     if tokenizer is not None:
         return _text_rows(table, data, device, tokenizer, keep)
-    from dist_finetune.data.images import ImageRows, collate_images  # which take seconds to import
+    from dist_finetune.data.images import CACHE_BYTES, ImageRows, collate_images  # which take seconds to import
 
     assert image is not None
     augment = augment_seed is not None
-    encoded = ImageRows(table, image, augment, augment_seed or 0, task=data.task, num_outputs=len(data.classes))
+    encoded = ImageRows(
+        table,
+        image,
+        augment,
+        augment_seed or 0,
+        CACHE_BYTES // (num_ranks * max(1, data.num_workers)),  # each process keeps pixels of its own
+        data.task,
+        len(data.classes),
+    )
     return Rows(
         encoded,
         collate_images,

@@ -27,7 +27,7 @@ from dist_finetune.tasks.names import TaskName
 # crops of a few percent, right for hundreds of ImageNet epochs, often miss the object.
 CROP_AREA = (0.25, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
-CACHE_BYTES = 2**30
+CACHE_BYTES = 2**30  # of a machine, for the pixels of one split
 
 
 def open_rgb(image: Mapping[str, Any]) -> Image.Image:

@@ -12,7 +12,10 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
+from dist_finetune.data import images
+from dist_finetune.data.encode import encode_table
 from dist_finetune.data.images import ImageInput, ImageRows, collate_images, evaluation_pixels, normalised, open_rgb
+from dist_finetune.plan import DataPlan
 
 SIZES = [(40, 60), (97, 33), (64, 64), (20, 21), (300, 200)]
 
@@ -111,6 +114,16 @@ def test_the_cache_changes_no_value_and_keeps_to_its_limit(table: Dataset) -> No
     assert kept._cached is not None
     assert len(kept._cached) == 5
     assert plain._cached is None
+
+
+@pytest.mark.parametrize(("num_workers", "num_ranks", "is_kept"), [(0, 1, True), (2, 1, False), (0, 2, False)])
+def test_processes_of_a_machine_share_the_limit_of_the_cache(
+    table: Dataset, monkeypatch: pytest.MonkeyPatch, num_workers: int, num_ranks: int, is_kept: bool
+) -> None:
+    monkeypatch.setattr(images, "CACHE_BYTES", 5 * 3 * 32 * 32)
+    data = DataPlan({"train": 5}, ("a", "b"), "image", ("image",), ("label",), "", None, (32, 32), num_workers)
+    rows = encode_table(table, data, ImageInput((32, 32)), "cpu", None, num_ranks=num_ranks)
+    assert (rows.dataset._cached is not None) == is_kept
 
 
 def test_batches(table: Dataset) -> None:
