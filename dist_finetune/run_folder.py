@@ -32,8 +32,8 @@ EVALUATIONS = "evaluations.jsonl"  # what `evaluate` found, a line each
 ATTEMPTS = "attempts.jsonl"  # a line for each start: from which step, when, where
 JOB_SCRIPT = "job.sbatch"
 LOGS = "logs"  # the launcher's copies of what each rank printed
-# Made anew where a run starts from its first step.
-STARTED_OVER = (METRICS, EVALUATIONS, ATTEMPTS, "wandb.json", "freeze.json")
+# Made anew where a run starts from its first step. Its attempts and its W&B run go on: it is the same run.
+STARTED_OVER = (METRICS, EVALUATIONS, "freeze.json")
 PACKAGES = (
     "torch",
     "torchvision",
@@ -114,6 +114,12 @@ def _trim_metrics(path: Path, step: int, evaluated: bool) -> None:
         if row["step"] <= step and not is_due_again:
             kept.append(line + "\n")
     write_text(path, "".join(kept))
+
+
+def num_attempts(folder: Path) -> int:
+    """How often the run of a folder has started, by its attempts.jsonl."""
+    path = folder / ATTEMPTS
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dist_finetune.errors import UserError
 from dist_finetune.freeze import Manifest
 from dist_finetune.job import Job, Progress, identity
 from dist_finetune.models.card import Provenance
+from dist_finetune.run_folder import num_attempts
 from dist_finetune.verdict import why_again
 from dist_finetune.world import on_first
 
@@ -24,18 +25,18 @@ HINTS = {
 
 
 def find_start(job: Job, provenance: Provenance, fresh: bool) -> tuple[Checkpoint | None, Progress]:
-    """The checkpoint to go on from and the progress it holds; (None, a fresh Progress) where the run has none.
+    """The checkpoint to go on from and the progress it holds; None and none so far where the run has no checkpoint.
 
     Raises UserError where the newest good checkpoint was made with another freeze, base model, data or batch size, and
     where there are checkpoints, but none that is good: hours of work are not thrown away unasked.
     """
-    folder = None if fresh else on_first(job.world, lambda: _newest(job))
+    folder, before = (None, 0) if fresh else on_first(job.world, lambda: (_newest(job), num_attempts(job.folder)))
     if folder is None:
-        return None, Progress()
+        return None, Progress(attempts=before + 1)
     checkpoint = open_checkpoint(folder)
     refuse_other_run(checkpoint, identity(job.plan, provenance), [phase.manifest for phase in job.plan.phases])
     progress = Progress(**checkpoint.state["progress"])
-    progress.attempts += 1
+    progress.attempts = max(progress.attempts, before) + 1
     after = f", after {why_again()}" if why_again() else ""
     job.report.say(f"going on from {folder.name} of {job.plan.total_steps} steps, attempt {progress.attempts}{after}")
     return checkpoint, progress

@@ -75,6 +75,17 @@ def test_a_run_that_ended_before_its_summary_is_ended_again(again: tuple[Path, T
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+def test_a_run_that_died_before_its_first_checkpoint_is_the_same_run(again: tuple[Path, Train]) -> None:
+    run, start = again
+    shutil.rmtree(run / "checkpoints")
+    (run / "wandb.json").write_text('{"id": "abc"}')
+    assert start().attempts == 2
+    assert [(line["attempt"], line["step"]) for line in read_lines(run / "attempts.jsonl")] == [(1, 0), (2, 0)]
+    assert read_json(run / "wandb.json") == {"id": "abc"}
+    steps = [row["step"] for row in read_lines(run / "metrics.jsonl") if "train/loss" in row]
+    assert steps == list(range(1, 9))
+
+
 def test_a_finished_run_says_so_and_is_not_touched(
     again: tuple[Path, Train], capsys: pytest.CaptureFixture[str]
 ) -> None:
