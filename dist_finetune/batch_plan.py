@@ -67,7 +67,6 @@ def plan_batches(spec: Spec, data: "DataPlan", limits: Limits, memory: RankMemor
         eval_batch = _eval_rows(memory, limits.usable_bytes)
     last = num_rows - (steps - 1) * train.global_batch_size
     accumulated = limits.rows_per_rank // micro
-    tokens = micro * data.max_length if data.max_length and train.micro_batch_size == "auto" else None
     return BatchPlan(
         train.global_batch_size,
         micro,
@@ -75,8 +74,14 @@ def plan_batches(spec: Spec, data: "DataPlan", limits: Limits, memory: RankMemor
         eval_batch,
         steps,
         last,
-        tokens if accumulated > 1 else None,
+        micro_batch_tokens(spec, data, micro, accumulated),
     )
+
+
+def micro_batch_tokens(spec: Spec, data: "DataPlan", micro: int, accumulated: int) -> int | None:
+    """Tokens that a micro-batch of texts holds at most, where its rows are ours to choose and there are several."""
+    is_ours = spec.train.micro_batch_size == "auto" and accumulated > 1
+    return micro * data.max_length if is_ours and data.max_length else None
 
 
 def _eval_rows(memory: RankMemory, usable_bytes: int | None) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from dist_finetune.batch_plan import BatchPlan, plan_batches, rows_per_rank, steps_per_epoch
+from dist_finetune.batch_plan import BatchPlan, micro_batch_tokens, plan_batches, rows_per_rank, steps_per_epoch
 from dist_finetune.cache.decide import CacheDecision, decide_cache
 from dist_finetune.combinations import possible_strategies, refuse_impossible
 from dist_finetune.data.tables import Tables, read_tables
@@ -261,7 +261,8 @@ def with_micro_batch(plan: Plan, tables: Tables, rows: int) -> Plan:
     train = spec.train.model_copy(update={"micro_batch_size": rows})
     shard = spec.shard.model_copy(update={"strategy": plan.strategy})
     again = plan_run(spec.model_copy(update={"train": train, "shard": shard}), plan.topology, tables)
-    batches = plan_batches(spec, plan.topology, plan.data, rows_per_rank(spec, plan.topology), rows)
+    tokens = micro_batch_tokens(spec, plan.data, rows, again.batches.gradient_accumulation_steps)
+    batches = replace(again.batches, micro_batch_tokens=tokens)
     return replace(again, spec=spec, strategy_reason=plan.strategy_reason, batches=batches)
 
 

