@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import time
 from dataclasses import replace
@@ -51,6 +52,12 @@ def job(folder: Path, num_runs: int = 1, grace_s: int = 60) -> SlurmJob:
     return SlurmJob("x", SlurmSpec(max_requeues=2), 1, 0, 1, grace_s, configs=configs, folder=folder)
 
 
+def environment(programs: Path, **more: str) -> dict[str, str]:
+    """What SLURM gives a job script, with `programs` in place of its own."""
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "STUBS": str(programs)}
+    return {"PATH": f"{programs}:{os.environ['PATH']}", **slurm, **more}
+
+
 def ended(
     folder: Path, script: SlurmJob, number: signal.Signals, log: Path | None = None, **env: str
 ) -> tuple[int, str]:
@@ -58,11 +65,10 @@ def ended(
     log = log or folder / "log"
     programs = folder / "bin" if (folder / "bin").exists() else stubs(folder / "bin", srun=SRUN, scontrol=SCONTROL)
     (programs / "srun.started").unlink(missing_ok=True)
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", "STUBS": str(programs)}
     with log.open("a") as out:
         process = subprocess.Popen(
             ["bash", "-c", render_job(script)],
-            env={"PATH": f"{programs}:{os.environ['PATH']}", **slurm, **env},
+            env=environment(programs, **env),
             cwd=folder,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -75,6 +81,20 @@ def ended(
         process.kill()
         process.wait()
     return process.returncode, log.read_text()
+
+
+def run_through(folder: Path, script: SlurmJob, **env: str) -> tuple[int, str]:
+    """Exit code and output of a job script that nobody disturbs."""
+    done = subprocess.run(
+        ["bash", "-c", render_job(script)],
+        env=environment(folder / "bin", **env),
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        timeout=30,
+    )
+    assert done.stderr == ""
+    return done.returncode, done.stdout
 
 
 def requeued(folder: Path) -> list[str]:
@@ -119,6 +139,37 @@ def test_only_a_run_that_saved_is_queued_again(tmp_path: Path, left: dict[str, s
     assert ("failed, exit code 1; the message is above" in out) != again
     left_behind = [path.read_text() for path in (tmp_path / "run0").iterdir()]
     assert left_behind == (["the time limit\n"] if again else []), "only what the next attempt reads"
+
+
+def test_a_job_is_queued_again_as_often_as_allowed(tmp_path: Path) -> None:
+    """Two requeues make three attempts; a fourth, as after one preemption too many, ends before it takes the nodes."""
+    saved = {"RUNNING": "", "VERDICT": "stopped"}
+    code, out = ended(tmp_path, job(tmp_path), signal.SIGUSR1, SLURM_RESTART_COUNT="2", **saved)
+    assert (code, requeued(tmp_path)) == (75, []), out
+    assert "attempt 3 of 3: stopped by time limit; submit it again" in out
+    (tmp_path / "bin" / "srun.started").unlink()
+    code, out = run_through(tmp_path, job(tmp_path), SLURM_RESTART_COUNT="3")
+    assert code == 1
+    assert "attempt 4 of 3: was queued again as often as launch.slurm.max_requeues allows; submit it again" in out
+    assert requeued(tmp_path) == []
+    assert not (tmp_path / "bin" / "srun.started").exists()
+
+
+def test_each_task_meets_at_a_port_of_its_own_where_nobody_answers(tmp_path: Path) -> None:
+    """To the last task of an array SLURM gives the array's own id; the port that follows from it is taken here."""
+    srun = '#!/bin/sh\nprintf "%s\\n" "$@" > "$STUBS/srun.arguments"\n'
+    programs = stubs(tmp_path / "bin", srun=srun, scontrol="#!/bin/sh\necho 127.0.0.1\n")
+    array, found = {"SLURM_ARRAY_JOB_ID": "2111"}, []
+    with socket.create_server(("127.0.0.1", 26_888)):
+        for task, job_id in (("0", "2112"), ("1", "2111")):
+            own = {"SLURM_ARRAY_TASK_ID": task, "SLURM_JOB_ID": job_id}
+            code, out = run_through(tmp_path, job(tmp_path, num_runs=2), **array, **own)
+            assert code == 0, out
+            given = (programs / "srun.arguments").read_text().splitlines()
+            found += [word for word in given if word.startswith(("--master-", f"{tmp_path}/run"))]
+    address = "--master-addr=127.0.0.1"
+    assert found[:3] == [address, "--master-port=26896", str(tmp_path / "run0" / "config.yaml")]
+    assert found[3:] == [address, "--master-port=26889", str(tmp_path / "run1" / "config.yaml")]
 
 
 @pytest.mark.parametrize(
