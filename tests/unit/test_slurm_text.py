@@ -105,13 +105,24 @@ def test_job_script_is_valid_shell(name: str) -> None:
 
 
 def test_no_value_breaks_out_of_the_script(tmp_path: Path) -> None:
-    """Runs the hostile script with stand-ins for SLURM's programs: what they are given is what the user wrote."""
-    for program in ("srun", "scontrol"):
+    """Runs the hostile script with stand-ins for the site's programs: what they are given is what the user wrote.
+
+    Lines for sbatch, which are comments to the shell, quote as shlex reads them; tests/slurm has sbatch itself.
+    """
+    for program in ("module", "srun", "scontrol"):
         path = tmp_path / "bin" / program
         path.parent.mkdir(exist_ok=True)
         path.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$0.arguments"\n')
         path.chmod(0o755)
-    site = SlurmSpec(env={"WORDS": HOSTILE}, container=HOSTILE, container_mounts=(HOSTILE,))
+    names = ("partition", "account", "qos", "constraint")
+    site = SlurmSpec(
+        **dict.fromkeys(names, HOSTILE),
+        modules=(HOSTILE,),
+        extra=(f"--comment={HOSTILE}",),
+        env={"WORDS": HOSTILE},
+        container=HOSTILE,
+        container_mounts=(HOSTILE,),
+    )
     script = render_job(replace(JOBS["hostile"], site=site, python=HOSTILE))
     env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "3", "SLURM_JOB_NODELIST": "n1"}
     done = subprocess.run(
@@ -128,6 +139,11 @@ def test_no_value_breaks_out_of_the_script(tmp_path: Path) -> None:
     assert f"--container-image={HOSTILE}" in given
     assert f"--container-mounts={HOSTILE}" in given
     assert HOSTILE in given
+    assert (tmp_path / "bin" / "module.arguments").read_text().splitlines() == ["load", HOSTILE]
+    options = [shlex.split(line)[1:] for line in script.splitlines() if line.startswith("#SBATCH")]
+    for name in (*names, "comment"):
+        assert [f"--{name}={HOSTILE}"] in options
+    assert all(len(option) == 1 for option in options)
     assert not list(tmp_path.rglob("BROKE*"))
 
 
