@@ -41,10 +41,10 @@ def records(path: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def tracked(material: Material, runs: RunJobs, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of 2 processes by a user who is not logged in and said nothing about W&B."""
+    """A run of 2 processes, one of a sweep, by a user who is not logged in and said nothing about W&B."""
     config = material.text(train={"epochs": 1}, track={"wandb": "auto", "project": "tiny"})
     home = str(tmp_path_factory.mktemp("home"))
-    return runs([Job("tracked", config)], 2, HOME=home)["tracked"]
+    return runs([Job("tracked", config)], 2, HOME=home, WANDB_RUN_GROUP="sweep")["tracked"]
 
 
 def test_one_offline_run_by_one_process(tracked: Run) -> None:
@@ -52,7 +52,7 @@ def test_one_offline_run_by_one_process(tracked: Run) -> None:
     assert len(list(tracked.folder.rglob("*.wandb"))) == 1
     assert len(list((tracked.folder / "wandb").glob("offline-run-*"))) == 1
     started = [record.run for record in records(*tracked.folder.rglob("*.wandb")) if record.HasField("run")]
-    assert {(run.display_name, run.project) for run in started} == {("tracked", "tiny")}
+    assert {(run.display_name, run.project, run.run_group) for run in started} == {("tracked", "tiny", "sweep")}
 
 
 def test_history_is_that_of_metrics_jsonl(tracked: Run) -> None:
