@@ -1,6 +1,7 @@
 """`submit` from the command line to the files of a run, with a stand-in for sbatch; the real one is in tests/slurm."""
 
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -8,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from transformers import BertConfig
 
 from dist_finetune.cli import main
+from dist_finetune.launchers.request import check_request
 from dist_finetune.run_folder import resume_command
 from dist_finetune.spec_file import load_spec
+from dist_finetune.submit import submit as submit_job
 
 CONFIG = """
 model: {name: demo:minilm}
@@ -229,6 +234,21 @@ def test_files_for_rented_machines(
     assert command in out
     assert (place / "runs" / "topics" / file).read_text() in out
     assert not (place / "bin" / "sbatch.arguments").exists()
+
+
+def test_a_machine_whose_gpu_is_not_named_has_the_memory_of_the_plan(place: Path) -> None:
+    """A BERT of two blocks, too wide for the smallest GPU that is ever asked for."""
+    wide = BertConfig(hidden_size=4096, num_hidden_layers=2, num_attention_heads=32, intermediate_size=16384)
+    wide.update({"architectures": ["BertForMaskedLM"]})
+    wide.save_pretrained(place / "wide")
+    config = CONFIG.replace("demo:minilm", "wide").replace("freeze: backbone", "shard: {strategy: ddp}")
+    (place / "topics.yaml").write_text(config.replace("gpu: A100-80GB, ", ""))
+    (place / "pyproject.toml").write_text("")
+    (plan,) = submit_job("topics.yaml", [], check_request(to="dstack", gpus_per_node=2), [].append)
+    needed = plan.memory["ddp"].needed
+    assert needed > 16 * plan.widest.manifest.num_trainable > 8 * 2**30, "fp32 weights, gradients, Adam's moments"
+    task = yaml.safe_load((place / "runs" / "topics" / "dstack.yaml").read_text())
+    assert task["resources"]["gpu"] == {"memory": f"{math.ceil(needed / 0.8 / 2**30)}GB..", "count": 2}
 
 
 def test_wrong_flags_are_told_before_anything_heavy_is_imported(place: Path) -> None:
