@@ -2,8 +2,8 @@
 
 import os
 import secrets
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,10 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness import REPOSITORY, clean_environment, read_json, read_lines, torchrun, write_config
+import pytest
+from harness import REPOSITORY, clean_environment, free_port, read_json, read_lines, torchrun, write_config
 from material import Material
 
 TOKEN = "FAULT_TEST_TOKEN"
+PROGRAMS = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+"""A PATH on which `deepspeed` finds its own programs."""
+needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun here: apt-get install openmpi-bin")
 HANDLED = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
 
 
@@ -139,10 +143,14 @@ def accelerate_command(config: Path, num_processes: int = 2) -> list[str]:
 
 def deepspeed_command(config: Path, num_processes: int = 2) -> list[str]:
     launch = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(num_processes)]
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = ["--master_port", str(listener.getsockname()[1])]
-    return [*launch, *port, "--module", "dist_finetune", "train", str(config)]
+    return [*launch, "--master_port", str(free_port()), "--module", "dist_finetune", "train", str(config)]
+
+
+def mpirun_command(config: Path, num_processes: int = 2, meeting: bool = True) -> list[str]:
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    at = ["-x", "MASTER_ADDR=127.0.0.1", "-x", f"MASTER_PORT={free_port()}"] if meeting else []
+    launch = ["mpirun", *root, "--oversubscribe", "-np", str(num_processes), *at]
+    return [*launch, sys.executable, "-m", "dist_finetune", "train", str(config)]
 
 
 def last_step(run: Path) -> int:
@@ -163,6 +171,7 @@ def wait_for_step(job: JobProcess, run: Path, step: int, timeout_s: float = 90) 
 
 
 __all__ = [
-    "HANDLED", "JobProcess", "accelerate_command", "deepspeed_command", "faulty_config", "hears_of_signals",
-    "last_step", "read_json", "run_command", "started", "torchrun_command", "wait_for", "wait_for_step", "write_config",
+    "HANDLED", "PROGRAMS", "JobProcess", "accelerate_command", "deepspeed_command", "faulty_config", "hears_of_signals",
+    "last_step", "mpirun_command", "needs_mpirun", "read_json", "run_command", "started", "torchrun_command",
+    "wait_for", "wait_for_step", "write_config",
 ]  # fmt: skip

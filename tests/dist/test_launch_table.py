@@ -4,7 +4,6 @@
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Run, clean_environment, finish, free_port, torchrun, write_config
+from job_process import mpirun_command, needs_mpirun
 from material import Material
 
 pytestmark = pytest.mark.dist
@@ -43,22 +43,16 @@ def assert_same(run: Run, reference: Run) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun here: apt-get install openmpi-bin")
+@needs_mpirun
 def test_mpirun(material: Material, reference: Run, tmp_path: Path) -> None:
-    path = config(material, tmp_path, "mpirun")
-    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    meeting = ["-x", "MASTER_ADDR=127.0.0.1", "-x", f"MASTER_PORT={free_port()}"]
-    command = ["mpirun", *root, "--oversubscribe", "-np", "2", *meeting, sys.executable, *WORKER, str(path)]
-    done = finish(command, 200, tmp_path)
+    done = finish(mpirun_command(config(material, tmp_path, "mpirun")), 200, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(Run(tmp_path / "runs" / "mpirun", ()), reference)
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun here: apt-get install openmpi-bin")
+@needs_mpirun
 def test_mpirun_without_a_meeting_point_is_told_how(material: Material, tmp_path: Path) -> None:
-    path = config(material, tmp_path, "lost")
-    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    done = finish(["mpirun", *root, "--oversubscribe", "-np", "2", sys.executable, *WORKER, str(path)], 120, tmp_path)
+    done = finish(mpirun_command(config(material, tmp_path, "lost"), meeting=False), 120, tmp_path)
     assert done.returncode != 0
     assert "mpirun -x MASTER_ADDR=" in done.stderr
     assert not (tmp_path / "runs").exists()

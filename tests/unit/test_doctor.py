@@ -1,13 +1,13 @@
 """doctor and the preflight: what each line says where things are right, and where they are not."""
 
+import argparse
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import free_port, outputs
+from harness import finish, free_port, outputs
+from job_process import PROGRAMS, accelerate_command, deepspeed_command, mpirun_command, needs_mpirun, torchrun_command
 
 from dist_finetune.cache.decide import CacheDecision
 from dist_finetune.cli import main
@@ -62,8 +63,11 @@ if f"clock-{rank}" in faults:
 if f"version-{rank}" in faults:
     real_version = importlib.metadata.version
     importlib.metadata.version = lambda name: "1.2.3" if name == "timm" else real_version(name)
+import torch.distributed as dist
+if f"sums-{rank}" in faults:
+    real_sum = dist.all_reduce  # ranks that meet add up a single number
+    dist.all_reduce = lambda values, *a, **k: (real_sum(values, *a, **k), values[1:2].add_(1))[0]
 if f"slow-{rank}" in faults:
-    import torch.distributed as dist
     real_send = dist.send
     dist.send = lambda *a, **k: (time.sleep(0.3), real_send(*a, **k))
 from dist_finetune.doctor import examine
@@ -184,6 +188,17 @@ def test_ranks_with_different_kinds_of_gpu_are_told(monkeypatch: pytest.MonkeyPa
     assert agreement_findings(world) == []
 
 
+def test_a_torchrun_that_sigusr1_kills_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older one, which knows no other signals: SLURM's warning would end it before anything is saved."""
+    old = argparse.ArgumentParser()
+    old.add_argument("training_script")
+    monkeypatch.setattr("dist_finetune.doctor_local._torchrun_parser", lambda: old)
+    (finding,) = version_findings()
+    assert finding.state == "warn"
+    assert re.fullmatch(r"torchrun of torch \S+ dies of SIGUSR1, by which SLURM warns of the time limit", finding.text)
+    assert "--signals-to-handle" in finding.todo
+
+
 def test_a_full_disk_is_told_against_the_plan(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     assert disk_finding(planned.spec, planned).state == "ok"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30 - 1000, 1000))
@@ -260,36 +275,26 @@ def test_a_first_rank_that_is_absent_is_named() -> None:
 
 
 @pytest.mark.dist
-def test_two_ranks_are_examined_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "launcher"),
+    [
+        (torchrun_command, "torchrun"),
+        pytest.param(accelerate_command, "accelerate launch", marks=pytest.mark.slow),
+        pytest.param(deepspeed_command, "deepspeed", marks=pytest.mark.slow),
+        pytest.param(mpirun_command, "mpirun", marks=[pytest.mark.slow, needs_mpirun]),
+    ],
+)
+def test_two_ranks_are_examined_together(tmp_path: Path, command: Callable[[Path], list[str]], launcher: str) -> None:
     (tmp_path / "rows.csv").write_text(CSV)
     config = "model: {name: demo:minilm}\ndata: {train: rows.csv}\nfreeze: backbone\ntrack: {wandb: off}\n"
-    (tmp_path / "c.yaml").write_text(config + "shard: {strategy: zero2}\ntrain: {global_batch_size: 8}\n")
-    command = [
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--standalone",
-        "-m",
-        "dist_finetune",
-        "doctor",
-        "c.yaml",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=tmp_path,
-        env={**environment(0, 1, 1), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=150)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert process.returncode == 0, out + err
-    assert re.search(r"^ok    ranks +2 ranks by torchrun on 1 machine", out, re.MULTILINE)
+    path = tmp_path / "c.yaml"
+    path.write_text(config + "shard: {strategy: zero2}\ntrain: {global_batch_size: 8}\n")
+    *launch, train, _ = command(path)
+    assert train == "train"
+    done = finish([*launch, "doctor", str(path)], 150, tmp_path, HF_HOME=str(tmp_path / "hub"), PATH=PROGRAMS)
+    out = done.stdout
+    assert done.returncode == 0, out + done.stderr
+    assert re.search(rf"^ok    ranks +2 ranks by {launcher} on 1 machine", out, re.MULTILINE), out
     assert re.search(r"^ok    all-reduce +sums are right, \d+\.\d\d GB/s", out, re.MULTILINE)
     assert re.search(r"^ok    slowest rank slowest is rank 1 on .*GB/s", out, re.MULTILINE)
     assert re.search(r"^ok    clocks +within 0\.\d+ s", out, re.MULTILINE)
@@ -316,10 +321,11 @@ def examined(folder: Path, faults: Sequence[str], shared: bool) -> tuple[list[in
 
 @pytest.mark.dist
 def test_what_is_wrong_on_one_of_three_machines_is_named(tmp_path: Path) -> None:
-    codes, out = examined(tmp_path, ["clock-1", "version-1", "slow-2"], shared=False)
+    codes, out = examined(tmp_path, ["clock-1", "version-1", "slow-2", "sums-1"], shared=False)
     assert codes == [1, 1, 1], out
     assert re.search(r"^ok    ranks +3 ranks by variables on 3 machines \(n0, n1, n2\), cpu", out, re.MULTILINE), out
     assert re.search(r"^fail  versions +timm is \S+ on rank 0 and 1\.2\.3 on rank 1$", out, re.MULTILINE), out
+    assert re.search(r"^fail  all-reduce +ranks \[1\] got wrong sums$", out, re.MULTILINE), out
     assert re.search(r"^warn  slowest rank slowest is rank 2 on n2, 0\.\d+ GB/s to and from rank 0", out, re.MULTILINE)
     assert re.search(r"^warn  clocks +rank 1's clock is [45]\.\d s behind rank [02]'s", out, re.MULTILINE), out
     assert re.search(r"^fail  run folder +\S+/runs is another folder on each machine$", out, re.MULTILINE), out
