@@ -20,7 +20,7 @@ from dist_finetune.signals import StopSignals
 from dist_finetune.spec import Spec
 from dist_finetune.stage import load_base, next_stage, open_stage
 from dist_finetune.stopping import StopWish, stop_if_told
-from dist_finetune.summary import Summary, load_summary, write_end, write_freeze, write_start
+from dist_finetune.summary import Summary, end_early, load_summary, write_end, write_freeze, write_start
 from dist_finetune.topology import job_topology
 from dist_finetune.training import fit
 from dist_finetune.trial import tried_micro_batch
@@ -46,8 +46,7 @@ def train(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary
         except Exception as error:
             # before it has started, what the folder holds is another run's, or one that --fresh will put aside
             is_ours = found == "unfinished" or report.has_files
-            write_end(folder_of(spec) if is_ours else None, error, world)
-            report.finish({}, exit_code=1)
+            end_early(folder_of(spec) if is_ours else None, error, world, report)
             raise
 
 

@@ -12,10 +12,11 @@ from dist_finetune.evaluate import Evaluation
 from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.models.card import Provenance
 from dist_finetune.peak_memory import peak_memory_gib
+from dist_finetune.report import Reporter
 from dist_finetune.run_folder import ATTEMPTS, environment, read_summary, write_json
 from dist_finetune.stopping import Stopped
 from dist_finetune.verdict import tell_job_script, why_again
-from dist_finetune.world import World, gather_objects
+from dist_finetune.world import World, gather_objects, wait_for_first
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,15 @@ def write_end(folder: Path | None, error: Exception, world: World) -> None:
         write_json(
             folder / "summary.json", {"status": status, "message": f"{type(error).__name__}: {error}", "time": when}
         )
+
+
+def end_early(folder: Path | None, error: Exception, world: World, report: Reporter) -> None:
+    """Marks a run that `error` ends, and closes its files and trackers. Told to stop, which every rank is at once, all
+    wait for the first one: most launchers end a job, and a tracker that is still closing, with its first process."""
+    write_end(folder, error, world)
+    report.finish({}, exit_code=1)
+    if isinstance(error, Stopped):
+        wait_for_first()
 
 
 def load_summary(folder: Path) -> Summary:

@@ -7,7 +7,7 @@ The only file that starts or ends a process group. Works alone (one process, a n
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -245,6 +245,12 @@ def on_first(world: World, work: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+def wait_for_first() -> None:
+    """Returns once the first rank calls it too, or is gone. Collective."""
+    with patience(), suppress(RuntimeError):
+        _from_first(None)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, DistFinetuneError | None]:

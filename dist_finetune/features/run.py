@@ -31,7 +31,7 @@ from dist_finetune.signals import StopSignals
 from dist_finetune.spec import Spec
 from dist_finetune.spec_features import HeadKind
 from dist_finetune.stopping import Interrupted, Stopped, StopWish
-from dist_finetune.summary import write_end
+from dist_finetune.summary import end_early
 from dist_finetune.world import World, gather_objects, join_world, on_first, together
 
 
@@ -52,9 +52,7 @@ def compare_heads(spec: Spec, fresh: bool = False, changes: Changes = "none") ->
                 return load_feature_summary(folder)
             return _run(spec, fresh, world, report, started_s)
         except Exception as error:
-            is_ours = found == "unfinished" or report.has_files
-            write_end(folder if is_ours else None, error, world)
-            report.finish({}, exit_code=1)
+            end_early(folder if found == "unfinished" or report.has_files else None, error, world, report)
             raise
 
 

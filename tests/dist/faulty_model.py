@@ -2,7 +2,7 @@
 
 The environment variable FAULT holds JSON {"kind", "rank", "call", "marker"}: what happens at which training pass of
 which rank, once where a `marker` file is named. SLOW_S makes each training pass take longer, SLOW_EVAL_S all others, so
-that a signal meets a run in its middle.
+that a signal meets a run in its middle, and SLOW_CLOSE_S what closes W&B.
 """
 
 import json
@@ -13,8 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dist_finetune.tracking import WandbRun
+
 FAULT = json.loads(os.environ.get("FAULT", "null"))
-SLOW_S, SLOW_EVAL_S = (float(os.environ.get(name, "0")) for name in ("SLOW_S", "SLOW_EVAL_S"))
+SLOW_S, SLOW_EVAL_S, SLOW_CLOSE_S = (
+    float(os.environ.get(name, "0")) for name in ("SLOW_S", "SLOW_EVAL_S", "SLOW_CLOSE_S")
+)
 
 
 class Faulty(nn.Module):
@@ -62,6 +66,11 @@ class Faulty(nn.Module):
 def build(num_classes: int) -> nn.Module:
     torch.manual_seed(0)
     return Faulty(num_classes)
+
+
+if SLOW_CLOSE_S:
+    _close = WandbRun.finish
+    WandbRun.finish = lambda *words: (time.sleep(SLOW_CLOSE_S), _close(*words))[1]  # type: ignore[method-assign]
 
 
 build.tokenizer = os.environ.get("FAULTY_TOKENIZER", "")  # type: ignore[attr-defined]

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +13,14 @@ import pytest
 from harness import Job, RunJobs, read_json
 from job_process import (
     HANDLED,
+    PROGRAMS,
     JobProcess,
     accelerate_command,
     deepspeed_command,
     faulty_config,
     hears_of_signals,
+    mpirun_command,
+    needs_mpirun,
     run_command,
     started,
     torchrun_command,
@@ -27,6 +29,7 @@ from job_process import (
     write_config,
 )
 from material import Material
+from wandb_file import records
 
 from dist_finetune.checkpoint.layout import checkpoint_folders
 from dist_finetune.checkpoint.read import damage
@@ -107,6 +110,34 @@ def test_other_launchers_pass_signals_on(
         check_stopped(job, run, code, number.name, expected_code=code)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "number", "reason"),
+    [
+        pytest.param(mpirun_command, signal.SIGUSR1, "SIGUSR1", marks=needs_mpirun),
+        (deepspeed_command, signal.SIGUSR1, "SIGTERM"),
+    ],
+)
+def test_all_ranks_wait_while_the_first_one_closes_its_tracker(
+    make_config: Callable[..., Path],
+    material: Material,
+    tmp_path: Path,
+    command: Callable[[Path], list[str]],
+    number: signal.Signals,
+    reason: str,
+) -> None:
+    """mpirun passes SIGUSR1 on, `deepspeed` dies of it; both end all processes as soon as one of them has ended."""
+    config, run = make_config(**LONG, track={"wandb": "offline"}), tmp_path / "runs" / "job"
+    with started(command(config), tmp_path, material, PATH=PROGRAMS, SLOW_CLOSE_S="6") as job:
+        wait_for_step(job, run, 3)
+        job.process.send_signal(number)
+        assert job.process.wait(timeout=40) != 0
+        wait_for(lambda: not job.pids(), 40, lambda: f"processes are left: {job.pids()}\n{job.output()[-3000:]}")
+        check_stopped(job, run, 0, reason, expected_code=0)
+    (path,) = run.rglob("*.wandb")
+    assert [record.exit.exit_code for record in records(path) if record.HasField("exit")] == [1]
+
+
 def test_torchrun_that_is_killed_takes_its_workers_along(
     make_config: Callable[..., Path], material: Material, tmp_path: Path
 ) -> None:
@@ -124,8 +155,7 @@ def test_deepspeed_that_is_ended_takes_its_workers_along(
 ) -> None:
     """It passes no signal on, and its workers' parent is a process in between, which would keep them."""
     config, run = make_config(**LONG), tmp_path / "runs" / "job"
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    with started(deepspeed_command(config), tmp_path, material, PATH=path) as job:
+    with started(deepspeed_command(config), tmp_path, material, PATH=PROGRAMS) as job:
         wait_for_step(job, run, 3)
         job.process.terminate()
         assert job.process.wait(timeout=20) != 0

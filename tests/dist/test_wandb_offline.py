@@ -1,42 +1,19 @@
 """One W&B run, made by one process with the real client; its file, read back, holds the metrics of metrics.jsonl."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import Job, Run, RunJobs, read_lines
 from material import Material
+from wandb_file import records
 
 pytestmark = pytest.mark.dist
 
-BLOCK = 32 * 1024
 TRAIN_KEYS = {
     "train/loss", "train/lr", "train/grad_norm", "perf/samples_per_s", "perf/step_s", "perf/data_wait_s",
     "mem/peak_gib", "params/trainable", "progress/epoch", "progress/samples",
 }  # fmt: skip
-
-
-def records(path: Path) -> Iterator[Any]:
-    """Records of a .wandb file: protobuf messages in LevelDB's log format, in pieces with crc, length and kind."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    at, whole = 7, b""
-    while at + 7 <= len(data):
-        if BLOCK - at % BLOCK < 7:  # too little is left in the block for a piece's header
-            at += BLOCK - at % BLOCK
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        whole += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or its last piece
-            record = Record()
-            record.ParseFromString(whole)
-            yield record
-            whole = b""
 
 
 @pytest.fixture(scope="module")
