@@ -1,8 +1,8 @@
 """A model that trains like any other until a fault that a test asks for: `model.name: faulty_model:build`.
 
-The environment variable FAULT holds JSON {"kind", "rank", "call", "marker"}: what happens at which training pass of
-which rank, once where a `marker` file is named. SLOW_S makes each training pass take longer, SLOW_EVAL_S all others, so
-that a signal meets a run in its middle, and SLOW_CLOSE_S what closes W&B.
+The environment variable FAULT holds JSON {"kind", "rank", "call", "marker"}, or a list of such: what happens at which
+training pass of which rank, once where a `marker` file is named. SLOW_S makes each training pass take longer,
+SLOW_EVAL_S all others, so that a signal meets a run in its middle, and SLOW_CLOSE_S what closes W&B.
 """
 
 import json
@@ -15,7 +15,8 @@ from torch import nn
 
 from dist_finetune.tracking import WandbRun
 
-FAULT = json.loads(os.environ.get("FAULT", "null"))
+FAULT = json.loads(os.environ.get("FAULT", "[]"))
+FAULTS = FAULT if isinstance(FAULT, list) else [FAULT]
 SLOW_S, SLOW_EVAL_S, SLOW_CLOSE_S = (
     float(os.environ.get(name, "0")) for name in ("SLOW_S", "SLOW_EVAL_S", "SLOW_CLOSE_S")
 )
@@ -42,25 +43,23 @@ class Faulty(nn.Module):
         return logits * self.fault()
 
     def fault(self) -> float:
-        """1, unless it is time for the fault."""
-        if (
-            not FAULT
-            or not self.training
-            or (self.num_calls, int(os.environ.get("RANK", 0))) != (FAULT["call"], FAULT["rank"])
-        ):
+        """1, unless it is time for a fault."""
+        here = (self.num_calls, int(os.environ.get("RANK", 0)))
+        fault = next((f for f in FAULTS if self.training and (f["call"], f["rank"]) == here), None)
+        if fault is None:
             return 1.0
-        if FAULT.get("marker"):
-            marker = Path(FAULT["marker"])
+        if fault.get("marker"):
+            marker = Path(fault["marker"])
             if marker.exists():
                 return 1.0
             marker.touch()
-        if FAULT["kind"] == "raise":
+        if fault["kind"] == "raise":
             raise ValueError("the fault that was asked for")
-        if FAULT["kind"] == "hang":
+        if fault["kind"] == "hang":
             time.sleep(600)
-        if FAULT["kind"] == "kill":
+        if fault["kind"] == "kill":
             os.kill(os.getpid(), 9)
-        return float("nan") if FAULT["kind"] == "nan" else 1.0
+        return float("nan") if fault["kind"] == "nan" else 1.0
 
 
 def build(num_classes: int) -> nn.Module:

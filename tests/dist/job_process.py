@@ -34,19 +34,21 @@ def faulty_config(material: Material, **changes: Any) -> dict[str, Any]:
     return material.text(**{**base, "freeze": freeze, "train": train, **changes})
 
 
+def faulty_environment(material: Material) -> dict[str, str]:
+    """Variables with which a process finds `faulty_model` and its tokenizer."""
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests" / "dist")])
+    return {"PYTHONPATH": path, "FAULTY_TOKENIZER": str(material.bert)}
+
+
 class JobProcess:
     """A launcher's process, and through a token in their environment everything it started."""
 
     def __init__(self, command: Sequence[str], folder: Path, material: Material, **env: str) -> None:
         self.folder, self._token = folder, secrets.token_hex(8)
         self._out = (folder / "out.txt").open("ab")
-        more = {
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests" / "dist")]),
-            TOKEN: self._token,
-            "PYTHONFAULTHANDLER": "1",
-        }
+        more = {**faulty_environment(material), TOKEN: self._token, "PYTHONFAULTHANDLER": "1", **env}
         self.process = subprocess.Popen(
-            command, cwd=folder, env=clean_environment(FAULTY_TOKENIZER=str(material.bert), **{**more, **env}),
+            command, cwd=folder, env=clean_environment(**more),
             stdout=self._out, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
@@ -171,7 +173,7 @@ def wait_for_step(job: JobProcess, run: Path, step: int, timeout_s: float = 90) 
 
 
 __all__ = [
-    "HANDLED", "PROGRAMS", "JobProcess", "accelerate_command", "deepspeed_command", "faulty_config", "hears_of_signals",
-    "last_step", "mpirun_command", "needs_mpirun", "read_json", "run_command", "started", "torchrun_command",
-    "wait_for", "wait_for_step", "write_config",
+    "HANDLED", "PROGRAMS", "JobProcess", "accelerate_command", "deepspeed_command", "faulty_config",
+    "faulty_environment", "hears_of_signals", "last_step", "mpirun_command", "needs_mpirun", "read_json", "run_command",
+    "started", "torchrun_command", "wait_for", "wait_for_step", "write_config",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What W&B's own client wrote about a run, read back from its file."""
+"""What W&B's own client wrote about a run, read back from its files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,3 +26,8 @@ def records(path: Path) -> Iterator[Any]:
             record.ParseFromString(whole)
             yield record
             whole = b""
+
+
+def run_ids(folder: Path) -> list[str]:
+    """The W&B run that each file in a run folder belongs to: one file for each start."""
+    return [record.run.run_id for path in folder.rglob("*.wandb") for record in records(path) if record.HasField("run")]

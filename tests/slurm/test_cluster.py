@@ -2,13 +2,19 @@
 
 import json
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from harness import command, read_json, read_lines
+from harness import command, finish, read_json, read_lines, torchrun
+from job_process import faulty_config, faulty_environment
+from material import Material
 from slurm_cluster import SCRIPT, Cluster, WriteConfig, losses, wait_until
+from wandb_file import run_ids
 
 pytestmark = pytest.mark.slurm
 
@@ -23,21 +29,39 @@ def started(run: Path) -> bool:
     return (run / "metrics.jsonl").exists() and len(losses(run)) > 0
 
 
-Straight = Callable[[Path], dict[int, float]]
+def afters(run: Path) -> list[str | None]:
+    """Why each attempt at a run began."""
+    return [start.get("after") for start in read_lines(run / "attempts.jsonl")]
+
+
+def srun(config: Path, tasks_per_node: int = 1, task: str = "train") -> list[str]:
+    """A command with one task for each of two processes, on two nodes or on one, and no torchrun in between."""
+    return [
+        "srun", "--kill-on-bad-exit=1", f"--nodes={2 // tasks_per_node}", "--ntasks=2",
+        f"--ntasks-per-node={tasks_per_node}", "--cpus-per-task=1",
+        sys.executable, "-m", "dist_finetune", task, str(config),
+    ]  # fmt: skip
+
+
+Straight = Callable[..., dict[int, float]]
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
-    """Losses of the same run by two processes here, never interrupted; runs that differ in the name are one."""
+    """Losses of the same run by two processes here, never interrupted, with variables that its model needs; runs that
+    differ in the name or in checkpoints are one."""
     found: dict[str, dict[int, float]] = {}
 
-    def train(config: Path) -> dict[int, float]:
-        content = {k: v for k, v in read_json(config).items() if k not in ("name", "track", "launch")}
+    def train(config: Path, **env: str) -> dict[int, float]:
+        content = {k: v for k, v in read_json(config).items() if k not in ("name", "track", "launch", "checkpoint")}
         key = json.dumps(content, sort_keys=True)
         if key not in found:
             folder = tmp_path_factory.mktemp("straight")
-            words = ("train", config, "name=straight", "track.wandb=off")
-            done = command(*words, folder=folder, num_processes=2, timeout_s=240)
+            words = ("train", str(config), "name=straight", "track.wandb=off")
+            if env:
+                done = finish([*torchrun(2), "-m", "dist_finetune", *words], 240, folder, **env)
+            else:
+                done = command(*words, folder=folder, num_processes=2, timeout_s=240)
             assert done.returncode == 0, done.stderr[-3000:]
             found[key] = losses(folder / "runs" / "straight")
         return found[key]
@@ -65,18 +89,42 @@ def test_two_nodes_train_as_one_machine_does(
 def test_srun_starts_the_worker_itself(
     cluster: Cluster, config: WriteConfig, straight: Straight, tmp_path: Path, tasks_per_node: int
 ) -> None:
-    """One task for each process, on two nodes or on one, with no torchrun in between."""
     path = config(f"srun{tasks_per_node}")
-    nodes = 2 // tasks_per_node
-    cluster.call(
-        "srun", "--kill-on-bad-exit=1", f"--nodes={nodes}", "--ntasks=2", f"--ntasks-per-node={tasks_per_node}",
-        "--cpus-per-task=1",
-        sys.executable, "-m", "dist_finetune", "train", str(path),
-        timeout_s=200, cwd=tmp_path,
-    )  # fmt: skip
+    cluster.call(*srun(path, tasks_per_node), timeout_s=200, cwd=tmp_path)
     run = tmp_path / "runs" / f"srun{tasks_per_node}"
     assert read_json(run / "summary.json")["world_size"] == 2
     assert losses(run) == straight(path)
+
+
+@pytest.mark.slow
+def test_an_srun_step_saves_at_a_signal_and_goes_on(
+    cluster: Cluster, config: WriteConfig, straight: Straight, tmp_path: Path
+) -> None:
+    path, run = config("told", **LONG), tmp_path / "runs" / "told"
+    step = subprocess.Popen(srun(path), env=cluster.env, cwd=tmp_path, stdin=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: started(run), "the first step")
+        (step_id,) = cluster.call("squeue", "--noheader", "--steps", "--format=%i").split()
+        cluster.call("scancel", "--signal=USR1", step_id)
+        assert step.wait(timeout=90) != 0
+    finally:
+        step.terminate()  # ends what srun started, too
+        step.wait(timeout=90)
+    summary = read_json(run / "summary.json")
+    assert summary["status"] == "stopped"
+    assert f"stopped on SIGUSR1 after step {max(losses(run))} of" in summary["message"]
+    cluster.call(*srun(path), timeout_s=200, cwd=tmp_path)
+    assert losses(run) == straight(path)
+
+
+@pytest.mark.slow
+def test_the_doctor_looks_at_the_tasks_of_an_srun(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
+    said = cluster.call(*srun(config("doctor"), task="doctor"), timeout_s=200, cwd=tmp_path)
+    assert re.search(r"^ok    ranks +2 ranks by srun on 2 machines", said, re.MULTILINE), said
+    assert re.search(r"^ok    rendezvous +at n1:\d+ over ", said, re.MULTILINE), said
+    assert re.search(r"^ok    all-reduce +sums are right", said, re.MULTILINE), said
+    assert re.search(r"^ok    run folder +\S+/runs is shared by all machines$", said, re.MULTILINE), said
+    assert re.search(r"^ok    config +zero2, fp32; Accelerate and DeepSpeed see 2 processes too$", said, re.MULTILINE)
 
 
 @pytest.mark.parametrize("how", ["time limit", pytest.param("scontrol requeue", marks=pytest.mark.slow)])
@@ -87,7 +135,6 @@ def test_a_job_that_is_stopped_goes_on_where_it_was(
     job = cluster.submit(tmp_path, str(path), "--nodes", "2", "--gpus-per-node", "0")
     run = tmp_path / "runs" / "again"
     wait_until(lambda: started(run), "the first step")
-    wandb_id = (run / "wandb.json").read_text()
     if how == "time limit":
         # What SLURM itself sends to the job's shell before the limit; the real limit takes minutes.
         cluster.call("scancel", "--signal=USR1", "--batch", job)
@@ -104,25 +151,33 @@ def test_a_job_that_is_stopped_goes_on_where_it_was(
     assert ("SIGTERM: cancelled, preempted" in log) == (how == "scontrol requeue")
     after = "the time limit" if how == "time limit" else how
     assert f"attempt 2 of 4: goes on after {after}\n" in log
-    assert [start.get("after") for start in read_lines(run / "attempts.jsonl")] == [None, after]
+    assert afters(run) == [None, after]
     assert losses(run) == straight(path), "the numbers of a run that was never stopped"
-    assert (run / "wandb.json").read_text() == wandb_id
+    first, second = run_ids(run)
+    assert first == second == read_json(run / "wandb.json")["id"]
 
 
 @pytest.mark.slow
-def test_the_real_time_limit(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
-    path = config("limit", train={**LONG["train"], "epochs": 1500}, slurm={"grace": 50, "max_requeues": 9})
-    job = cluster.submit(tmp_path, str(path), "--nodes", "2", "--gpus-per-node", "0", "--time", "2 min")
-    cluster.wait_for(job, "PENDING", timeout_s=60)
+def test_the_real_time_limit(
+    cluster: Cluster, config: WriteConfig, material: Material, straight: Straight, tmp_path: Path
+) -> None:
+    """76 s of training at least, of which an attempt has at most 70; SLURM may warn a minute earlier than asked."""
+    faulty = faulty_environment(material)
+    content = faulty_config(material, train={"epochs": 20}, track={"wandb": "offline"})
+    path = config("limit", **content, slurm={"grace": 50, "max_requeues": 9})
+    slow = replace(cluster, env={**cluster.env, **faulty, "SLOW_S": "0.2"})
+    job = slow.submit(tmp_path, str(path), "--nodes", "2", "--gpus-per-node", "0", "--time", "2 min")
+    cluster.wait_for(job, "COMPLETED", timeout_s=900)
     run = tmp_path / "runs" / "limit"
-    wait_until(lambda: "queued again" in log_of(run, job), "the time limit")
-    assert read_json(run / "summary.json")["status"] == "stopped"
-    cluster.call("scancel", job)
+    assert "attempt 2 of 10: goes on after the time limit\n" in log_of(run, job)
+    assert {*afters(run)} - {None} == {"the time limit"}
+    assert losses(run) == straight(path, **faulty)
+    assert run_ids(run) == [read_json(run / "wandb.json")["id"]] * len(afters(run))
 
 
 @pytest.mark.slow
 def test_a_more_urgent_job_takes_the_nodes_and_gives_them_back(
-    cluster: Cluster, config: WriteConfig, tmp_path: Path
+    cluster: Cluster, config: WriteConfig, straight: Straight, tmp_path: Path
 ) -> None:
     path = config("preempted", **LONG)
     job = cluster.submit(tmp_path, str(path), "--nodes", "2", "--gpus-per-node", "0")
@@ -135,9 +190,8 @@ def test_a_more_urgent_job_takes_the_nodes_and_gives_them_back(
     assert read_json(run / "summary.json")["status"] == "stopped"
     cluster.wait_for(job, "COMPLETED")
     assert "goes on after PREEMPTION" in log_of(run, job)
-    assert [start.get("after") for start in read_lines(run / "attempts.jsonl")] == [None, "PREEMPTION"]
-    assert read_json(run / "summary.json")["status"] == "finished"
-    assert sorted(losses(run)) == list(range(1, max(losses(run)) + 1)), "every step once"
+    assert afters(run) == [None, "PREEMPTION"]
+    assert losses(run) == straight(path)
 
 
 def test_a_cancelled_job_saves_ends_and_leaves_nothing(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
@@ -185,6 +239,27 @@ def test_a_failing_job_ends_at_once_with_the_message(cluster: Cluster, config: W
 
 
 @pytest.mark.slow
+def test_a_rank_that_dies_ends_the_job_on_both_nodes(
+    cluster: Cluster, config: WriteConfig, material: Material, tmp_path: Path
+) -> None:
+    """The other one hangs, so that it would not notice and hold its node."""
+    path, run, died = config("dies", **faulty_config(material)), tmp_path / "runs" / "dies", tmp_path / "died"
+    faults = [
+        {"kind": "hang", "rank": 0, "call": 30},
+        {"kind": "raise", "rank": 1, "call": 30, "marker": str(died)},
+    ]
+    faulty = replace(cluster, env={**cluster.env, **faulty_environment(material), "FAULT": json.dumps(faults)})
+    job = faulty.submit(tmp_path, str(path), "--nodes", "2", "--gpus-per-node", "0")
+    wait_until(died.exists, "the fault")
+    cluster.wait_for(job, "FAILED", timeout_s=60)
+    wait_until(lambda: not processes_with(str(run)), "the end of every process", timeout_s=20)
+    log = log_of(run, job)
+    assert "ValueError: the fault that was asked for" in log
+    assert log.splitlines()[-1].endswith("failed, exit code 1; the message is above")
+    assert "attempt 2" not in log
+
+
+@pytest.mark.slow
 def test_two_jobs_share_two_nodes(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
     """Their ports differ, so neither takes the other's ranks."""
     folders = [tmp_path / name for name in ("one", "two")]
@@ -227,11 +302,13 @@ def test_a_sweep_is_a_job_array(cluster: Cluster, config: WriteConfig, tmp_path:
 )
 def test_names_that_try_to_break_out(cluster: Cluster, config: WriteConfig, tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
-    path = config(name, folder, train={"max_steps": 2, "global_batch_size": 8})
+    slurm = {"extra": [f"--comment={name}"]}
+    path = config(name, folder, train={"max_steps": 2, "global_batch_size": 8}, slurm=slurm)
     job = cluster.submit(folder, str(path), "--gpus-per-node", "0")
     cluster.wait_for(job, "COMPLETED")
     assert read_json(folder / "runs" / name / "summary.json")["status"] == "finished"
     assert "finished" in log_of(folder / "runs" / name, job)
+    assert f"Comment={name}" in cluster.call("scontrol", "show", "job", job)
     assert not list(tmp_path.rglob("BROKE*"))
 
 
@@ -245,15 +322,19 @@ def test_the_script_for_submitting_by_hand(cluster: Cluster, config: WriteConfig
 
 
 @pytest.mark.slow
-def test_a_node_that_dies_gives_the_job_back(cluster: Cluster, config: WriteConfig, tmp_path: Path) -> None:
-    path = config("node", **LONG)
+def test_a_node_that_dies_gives_the_job_back(
+    cluster: Cluster, config: WriteConfig, straight: Straight, tmp_path: Path
+) -> None:
+    path = config("node", **LONG, checkpoint={"every": "5 steps"})
     job = cluster.submit(tmp_path, str(path), "--nodes", "2", "--gpus-per-node", "0")
     run = tmp_path / "runs" / "node"
-    wait_until(lambda: started(run), "the first step")
+    wait_until(lambda: list(run.glob("checkpoints/step-*/COMPLETE")), "a checkpoint")
     cluster.call(str(SCRIPT), "lose-node", str(cluster.folder), "n2")
     try:
         cluster.wait_for(job, "PENDING", timeout_s=120)
     finally:
         cluster.call(str(SCRIPT), "return-node", str(cluster.folder), "n2")
     cluster.wait_for(job, "COMPLETED")
-    assert read_json(run / "summary.json")["status"] == "finished"
+    assert afters(run) == [None, "NODE FAILURE"]
+    assert read_lines(run / "attempts.jsonl")[1]["step"] >= 5
+    assert losses(run) == straight(path)
