@@ -19,7 +19,7 @@ trap 'told=1' USR1 TERM
 [ -z "${RUNNING+x}" ] || echo running > "$DIST_FINETUNE_VERDICT"
 echo "${DIST_FINETUNE_AFTER-}" > "$STUBS/after"
 echo $$ > "$STUBS/srun.started"
-for ((i = 0; i < 100 && !told; i++)); do sleep 0.1; done
+for ((i = 0; i < ${TENTHS:-100} && !told; i++)); do sleep 0.1; done
 [ -z "${VERDICT+x}" ] || echo "$VERDICT" > "$DIST_FINETUNE_VERDICT"
 exit 1
 """
@@ -114,7 +114,7 @@ def test_a_task_of_an_array_is_queued_again_alone(tmp_path: Path, array: dict[st
 
 
 def test_a_save_that_takes_too_long_is_queued_again_by_the_same_name(tmp_path: Path) -> None:
-    stubs(tmp_path / "bin", srun=SRUN.replace("told=1", "true").replace("100", "25"), scontrol=SCONTROL)
+    stubs(tmp_path / "bin", srun=SRUN.replace("told=1", "true").replace(":-100", ":-25"), scontrol=SCONTROL)
     array = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "1"}
     _, _ = ended(tmp_path, replace(job(tmp_path, num_runs=2), grace_s=16), signal.SIGUSR1, **array)
     assert requeued(tmp_path)[0] == "6_1"
@@ -185,7 +185,7 @@ def test_each_task_meets_at_a_port_of_its_own_where_nobody_answers(tmp_path: Pat
 def test_an_attempt_knows_why_the_one_before_ended(tmp_path: Path, line: str, after: str) -> None:
     """SLURM's own words for it stand in the job's log, to which every attempt adds."""
     script, log = job(tmp_path), tmp_path / "log"
-    saved = {"RUNNING": "", "VERDICT": "stopped"}
+    saved = {"RUNNING": "", "VERDICT": "stopped", "TENTHS": "8"}  # SLURM itself tells srun of a SIGTERM
     ended(tmp_path, script, signal.SIGUSR1 if not line else signal.SIGTERM, log=log, **saved)
     with log.open("a") as file:
         file.write(f"slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-27T18:47:59 {line}\n")
