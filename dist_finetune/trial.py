@@ -79,9 +79,7 @@ def _problem(plan: Plan, rows: int, device: torch.device) -> str | None:
     try:
         for phase in demanding(plan.phases):
             _pass(plan, phase, rows, device)
-    except (
-        Exception
-    ) as error:  # a user's model may do anything on the meta device, and the run itself does not go there
+    except Exception as error:  # a user's own model may raise anything, where a run itself does not go
         words = f"{type(error).__name__}: {error}".splitlines()[0]
         is_known = any(known in str(error).lower() for known in OUT_OF_MEMORY)
         return NO_MEMORY if isinstance(error, MemoryError) or is_known else words
