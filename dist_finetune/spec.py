@@ -210,7 +210,7 @@ class CacheSpec(Section):
     """Activations of the frozen prefix, computed once and stored. `cache: off` is short for `cache: {mode: off}`."""
 
     mode: Literal["auto", "on", "off"] = "auto"
-    """auto: where the frozen part is a prefix of the model and several passes share it."""
+    """auto: where the frozen part is a prefix of the model, several passes share it, and it pays as measured."""
     views: PositiveInt | None = None
     """Store so many augmented versions of each training image, and cycle through them."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -218,7 +218,7 @@ class CacheSpec(Section):
     folder: str | None = None
     """Where to keep it, a fast disk that all ranks see; left out: <output>/.cache."""
     quota: Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str)] = 100 * 2**30
-    """Bytes (or "100GiB") that all entries may take; the least recently used go first."""
+    """Bytes (or "100GiB") that all entries may take; the least recently used go first, none of the last day."""
 
 
 class CheckpointSpec(Section):

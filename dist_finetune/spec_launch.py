@@ -152,7 +152,7 @@ class CloudSpec(Section):
     storage: Line | None = None
     """Where checkpoints outlive the machines: an fsspec URL such as s3://bucket/folder."""
     volume: Line | None = None
-    """A dstack volume or a Kubernetes claim that all machines mount; needed there for more than one machine."""
+    """A volume of SkyPilot or dstack, or a Kubernetes claim, that all machines mount; needed for more than one."""
     image: Line = "pytorch/pytorch:latest"
     """Container image, where `install` installs the package; for Kubernetes one that has it."""
     install: Line = "pip install ."

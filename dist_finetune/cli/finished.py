@@ -46,7 +46,7 @@ def predict(
         str | None, typer.Option(help="Names for a .csv or .tsv file without a header line, such as text,label.")
     ] = None,
 ) -> None:
-    """Give each row or image of FILE a class and the probability of every class, in the order of the input."""
+    """Give each row or image of FILE its class and probabilities, or labels, a number or tags, in the input's order."""
     from dist_finetune.inference.predict import predict_file, save_predictions, write_predictions
 
     header = tuple(columns.split(",")) if columns else None
