@@ -1,7 +1,6 @@
 """A plan as people read it: what freezes, what trains at which rate, batch arithmetic, memory a rank."""
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -102,7 +101,7 @@ def _freeze_table(plan: Plan, phase: PhasePlan) -> Table:
     taken = [f"{rule.rule}: {rule.num_tensors} tensors, {rule.num_params:,}" for rule in phase.manifest.rules]
     rules = f"parameters by rule: {'; '.join(taken)}" if taken else ""
     title = f"{phase.name}: freeze {phase.manifest.digest[:12]}"
-    table = Table(title=title, title_justify="left", caption=escape(rules) or None, caption_justify="left")
+    table = Table(title=title, title_justify="left", caption=rules or None, caption_justify="left")
     for column in ("part", "modules"):
         table.add_column(column, overflow="fold")
     for column in ("parameters", "frozen", "lr"):

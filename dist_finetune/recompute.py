@@ -61,8 +61,8 @@ def _without_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """BatchNorm that normalises by its batch and leaves its running statistics alone: the first pass has moved them,
     and a second one would move them twice (pytorch#96136)."""
     moving = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.training]
-    for norm, _, _ in moving:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for norm, _, count in moving:
+        norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else count.clone()
     try:
         yield
     finally:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from ruamel.yaml import YAML
 
@@ -44,7 +43,7 @@ def render_advice(evidence: Evidence, verdict: Verdict, costs: Mapping[str, Cost
     lines = [f"situation: {verdict.situation}", *(f"  {reason}" for reason in verdict.reasons)]
     lines += [f"advice: {NAMES[verdict.choice]}", "", config_block(verdict).rstrip(), ""]
     lines += [f"whole config: {folder / 'advice.yaml'}, plot: {folder / 'advice.svg'}"]
-    return Group(probes, table, escape("\n".join(lines)))
+    return Group(probes, table, "\n".join(lines))
 
 
 def config_block(verdict: Verdict) -> str:

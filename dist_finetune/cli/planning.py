@@ -28,9 +28,11 @@ def plan(
 
     here = local_topology(gpus_per_node or 1, nodes)
     asks_for_gpus = gpus_per_node is not None or memory is not None
-    topology = (
-        Topology(nodes, gpus_per_node or 1, "cuda", memory or here.device_memory_bytes) if asks_for_gpus else here
-    )
+    if asks_for_gpus:
+        memory = memory or here.device_memory_bytes
+        topology = Topology(nodes, gpus_per_node or 1, "cuda", memory, here.supports_bf16)
+    else:
+        topology = here
     planned = make_plan(for_planning(spec), topology)
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=1))

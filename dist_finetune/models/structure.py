@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Literal
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -284,7 +283,7 @@ def render_structure(structure: Structure) -> RenderableType:
     )
     lines = [f"one tensor: {' = '.join(group)}" for group in structure.aliases]
     lines += [f"note: {note}" for note in structure.notes]
-    return Group(table, *(escape(line) for line in lines))
+    return Group(table, *lines)
 
 
 def _owners(part: Part, limit: int = 5) -> str:
@@ -294,7 +293,7 @@ def _owners(part: Part, limit: int = 5) -> str:
     loose = [name for name in part.parameters if not any(name.startswith(path + ".") for path in part.modules)]
     shown = _join_numbers([*loose, *modules])
     more = f", and {len(shown) - limit} more" if len(shown) > limit else ""
-    return escape(", ".join(shown[:limit]) + more)
+    return ", ".join(shown[:limit]) + more
 
 
 def _join_numbers(paths: Sequence[str]) -> list[str]:

@@ -337,7 +337,7 @@ def test_json_tells_by_part_and_phase_what_is_frozen_and_the_rates(folder):
 def test_the_plan_shows_what_each_rule_took(folder: Path) -> None:
     freeze = {"embeddings": True, "layers": "first 6", "except": ["*.bias"]}
     plan = make_plan(spec_of(folder, freeze=freeze, train={"global_batch_size": 64, "lr": 2e-5, "head_lr": 1e-3}))
-    console = Console(width=200, file=io.StringIO())
+    console = Console(width=200, file=io.StringIO(), markup=False)
     console.print(render_plan(plan))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     embeddings, layers, excepted = plan.phases[0].manifest.rules

@@ -5,7 +5,17 @@ import copy
 import torch
 from torch import nn
 
-from dist_finetune.recompute import recomputed
+from dist_finetune.recompute import _without_statistics, recomputed
+
+
+def test_synchronised_batchnorm_stays_whole_while_it_is_recomputed() -> None:
+    """It insists on a count of batches, also in a pass that adds nothing to it."""
+    norm = nn.SyncBatchNorm(4)
+    assert norm.num_batches_tracked is not None
+    with _without_statistics([norm]):
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.add_(1)
+    assert (norm.momentum, norm.num_batches_tracked.item()) == (0.1, 0)
 
 
 def test_batchnorm_that_trains_moves_once() -> None:

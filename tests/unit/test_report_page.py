@@ -16,6 +16,7 @@ import pytest
 import torch
 from harness import read_json, read_lines, write_config
 from material import write_material
+from rich.console import Group
 from safetensors.torch import load_file, save_file
 
 from dist_finetune.cli import main
@@ -417,5 +418,7 @@ def test_scores_that_are_no_classes_give_no_confusions(tmp_path: Path) -> None:
 
 def test_names_in_brackets_are_said_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     """A data set's split, a regression's unit: to rich they would be styles, or an error."""
-    Reporter(is_first=True).say("glue:sst2[train], rate [/min]")
-    assert capsys.readouterr().out == "glue:sst2[train], rate [/min]\n"
+    report, words = Reporter(is_first=True), "glue:sst2[train], rate [/min]"
+    report.say(words)
+    report.say(Group(words))
+    assert capsys.readouterr().out == f"{words}\n{words}\n"

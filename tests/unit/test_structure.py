@@ -451,7 +451,7 @@ def test_inspect_prints_parts_ties_and_notes() -> None:
     with torch.device("meta"):
         model = AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", num_hidden_layers=2))
     structure = structure_of(model)
-    console = Console(width=160, file=io.StringIO())
+    console = Console(width=160, file=io.StringIO(), markup=False)
     console.print(render_structure(structure))
     text = console.file.getvalue()
     assert "block 1" in text
