@@ -65,7 +65,10 @@ def submit(config: str, overrides: Sequence[str], request: Request, say: Callabl
     if request.to == "slurm":
         _submit_slurm(path, folder, len(specs) > 1, say)
     else:
-        for line in cloud_commands(request.to, path, specs[0].launch.cloud):
+        cloud = specs[0].launch.cloud
+        if not (cloud.storage or cloud.volume):
+            say("note: checkpoints go with the machine; launch.cloud.storage or launch.cloud.volume keeps them")
+        for line in cloud_commands(request.to, path, cloud):
             say(line)
     return plans
 

@@ -59,13 +59,13 @@ def worker_words(job: CloudJob) -> str:
 
 def kept(job: CloudJob, tool: str, start: list[str]) -> list[str]:
     """The command, with its run folder kept in launch.cloud.storage where nothing mounts that for us."""
+    if job.num_nodes > 1 and not job.cloud.volume:
+        raise UserError(
+            f"{job.num_nodes} machines share a run folder, and launch.cloud.storage is copied by one machine: with {tool} "
+            "give launch.cloud.volume, a volume that all of them mount, or use --nodes 1"
+        )
     if not job.cloud.storage:
         return start
-    if job.num_nodes > 1:
-        raise UserError(
-            f"launch.cloud.storage is copied by one machine, but {job.num_nodes} machines share a run folder: "
-            f"with {tool} give launch.cloud.volume, a volume that all of them mount, or use --nodes 1"
-        )
     folder = shlex.quote(f"{RUNS}/{job.name}")
     url = shlex.quote(f"{job.cloud.storage.rstrip('/')}/{job.name}")
     return [f"python -m dist_finetune.storage {url} {folder} -- \\", *(f"  {line}" for line in start)]

@@ -177,7 +177,7 @@ def test_memory_comes_from_the_plan_where_no_gpu_is_named() -> None:
     [
         ("skypilot", replace(ONE, num_nodes=2), "with SkyPilot give launch.cloud.volume"),
         ("kubernetes", ON_DEMAND, "launch.cloud.spot has no effect on kubernetes: its nodes are spot machines or not"),
-        ("dstack", replace(ONE, num_nodes=2), "give launch.cloud.volume"),
+        ("dstack", replace(JOB, cloud=CLOUD), "with dstack give launch.cloud.volume"),
         ("kubernetes", replace(JOB, cloud=CloudSpec(volume="runs")), "have no dist-finetune: name an image"),
         ("kubernetes", replace(JOB, cloud=CLOUD), "ReadWriteMany"),
         ("dstack", replace(JOB, cloud=CLOUD.model_copy(update={"storage": "s3://b", "volume": "v"})), "keep the one"),

@@ -232,6 +232,7 @@ def test_files_for_rented_machines(
     out = capsys.readouterr().out
     assert re.search(r"^price     A100-80GB x 2: \d+\.\d min, \d+\.\d\d$", out, re.MULTILINE), out
     assert command in out
+    assert "note: checkpoints go with the machine" in out
     assert (place / "runs" / "topics" / file).read_text() in out
     assert not (place / "bin" / "sbatch.arguments").exists()
 
