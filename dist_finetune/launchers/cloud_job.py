@@ -61,8 +61,8 @@ def kept(job: CloudJob, tool: str, start: list[str]) -> list[str]:
     """The command, with its run folder kept in launch.cloud.storage where nothing mounts that for us."""
     if job.num_nodes > 1 and not job.cloud.volume:
         raise UserError(
-            f"{job.num_nodes} machines share a run folder, and launch.cloud.storage is copied by one machine: with {tool} "
-            "give launch.cloud.volume, a volume that all of them mount, or use --nodes 1"
+            f"{job.num_nodes} machines share a run folder, and launch.cloud.storage is copied by one machine: "
+            f"with {tool} give launch.cloud.volume, a volume that all of them mount, or use --nodes 1"
         )
     if not job.cloud.storage:
         return start
