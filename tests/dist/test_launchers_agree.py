@@ -19,10 +19,9 @@ LAUNCHERS = {
     "run": [sys.executable, "-m", "dist_finetune", "run", "CONFIG", "--processes", "2"],
     "torchrun": [*torchrun(2), "-m", "dist_finetune", "train", "CONFIG"],
     "accelerate": [*ACCELERATE, "--config_file", CPU_2, "-m", "dist_finetune", "train", "CONFIG"],
-    "accelerate-script": [*ACCELERATE, "--config_file", CPU_2, str(REPOSITORY / "launch" / "train.py"), "CONFIG"],
     "accelerate-deepspeed": [
         *ACCELERATE, "--num_processes", "2", "--main_process_port", "0", "--use_deepspeed", "--zero_stage", "2",
-        "-m", "dist_finetune", "train", "CONFIG",
+        str(REPOSITORY / "launch" / "train.py"), "CONFIG",
     ],
     "deepspeed": [*DEEPSPEED, "--module", "dist_finetune", "train", "CONFIG"],
 }  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Job, RunJobs, read_json
+from harness import Job, RunJobs, command, read_json
 from job_process import (
     HANDLED,
     PROGRAMS,
@@ -67,7 +67,7 @@ def check_stopped(
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGUSR1]
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))]
 )
 def test_run_stops_on_a_signal_and_goes_on(
     make_config: Callable[..., Path], material: Material, tmp_path: Path, number: signal.Signals
@@ -85,7 +85,7 @@ def test_run_stops_on_a_signal_and_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("command", "number"),
+    ("launch", "number"),
     [
         (torchrun_command, signal.SIGUSR1),
         (accelerate_command, signal.SIGUSR1),
@@ -97,12 +97,12 @@ def test_other_launchers_pass_signals_on(
     make_config: Callable[..., Path],
     material: Material,
     tmp_path: Path,
-    command: Callable[[Path], list[str]],
+    launch: Callable[[Path], list[str]],
     number: signal.Signals,
 ) -> None:
     """They turn each code into 1, so the summary says it; torchrun's own report ends with our words."""
     config, run = make_config(**LONG), tmp_path / "runs" / "job"
-    with started(command(config), tmp_path, material, **HANDLED) as job:
+    with started(launch(config), tmp_path, material, **HANDLED) as job:
         wait_for_step(job, run, 3)
         job.process.send_signal(number)
         code = job.wait(45)
@@ -112,7 +112,7 @@ def test_other_launchers_pass_signals_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "number", "reason"),
+    ("launch", "number", "reason"),
     [
         pytest.param(mpirun_command, signal.SIGUSR1, "SIGUSR1", marks=needs_mpirun),
         (deepspeed_command, signal.SIGUSR1, "SIGTERM"),
@@ -122,13 +122,13 @@ def test_all_ranks_wait_while_the_first_one_closes_its_tracker(
     make_config: Callable[..., Path],
     material: Material,
     tmp_path: Path,
-    command: Callable[[Path], list[str]],
+    launch: Callable[[Path], list[str]],
     number: signal.Signals,
     reason: str,
 ) -> None:
     """mpirun passes SIGUSR1 on, `deepspeed` dies of it; both end all processes as soon as one of them has ended."""
     config, run = make_config(**LONG, track={"wandb": "offline"}), tmp_path / "runs" / "job"
-    with started(command(config), tmp_path, material, PATH=PROGRAMS, SLOW_CLOSE_S="6") as job:
+    with started(launch(config), tmp_path, material, PATH=PROGRAMS, SLOW_CLOSE_S="6") as job:
         wait_for_step(job, run, 3)
         job.process.send_signal(number)
         assert job.process.wait(timeout=40) != 0
@@ -150,6 +150,7 @@ def test_torchrun_that_is_killed_takes_its_workers_along(
         check_stopped(job, run, 0, "SIGTERM", expected_code=0)
 
 
+@pytest.mark.slow
 def test_deepspeed_that_is_ended_takes_its_workers_along(
     make_config: Callable[..., Path], material: Material, tmp_path: Path
 ) -> None:
@@ -169,12 +170,10 @@ def test_a_file_and_a_time_limit_stop_too(make_config: Callable[..., Path], mate
         wait_for_step(job, run, 3)
         (run / "STOP").touch()
         step = check_stopped(job, run, job.wait(30), "the file STOP")
-    command = [*run_command(config), "launch.time_limit=1 s"]
-    with started([*command[:4], str(config), *command[5:]], tmp_path, material) as job:
-        code = job.wait(60)
-    assert code == 2, "time_limit is part of the config: run refuses the change, and says that resume takes it"
-    assert "dist-finetune resume" in job.output()
-    resume = [*command[:3], "resume", str(run), "launch.time_limit=12 s", "--processes", "2"]
+    refused = command("train", config, "launch.time_limit=1 s", folder=tmp_path)
+    assert refused.returncode == 2, "time_limit is part of the config, and resume is what takes another one"
+    assert "dist-finetune resume" in refused.stderr
+    resume = [*run_command(config)[:3], "resume", str(run), "launch.time_limit=12 s", "--processes", "2"]
     with started(resume, tmp_path, material) as job:
         wait_for_step(job, run, step + 2)
         assert not (run / "STOP").exists()
@@ -214,18 +213,17 @@ def test_a_second_signal_ends_at_once(make_config: Callable[..., Path], material
     assert damage(folders[0]) is None
 
 
+@pytest.mark.parametrize("launch", [run_command, pytest.param(torchrun_command, marks=pytest.mark.slow)])
 def test_a_failed_rank_ends_all_with_its_own_words_last(
-    make_config: Callable[..., Path], material: Material, tmp_path: Path
+    make_config: Callable[..., Path], material: Material, tmp_path: Path, launch: Callable[[Path], list[str]]
 ) -> None:
     config = make_config(train={"epochs": 400})
     fault = json.dumps({"kind": "raise", "rank": 1, "call": 30})
-    for command in (run_command, torchrun_command):
-        with started(command(config), tmp_path, material, FAULT=fault) as job:
-            assert job.wait(60) == 1
-            tail = "\n".join(job.output().splitlines()[-25:])
-            assert "ValueError: the fault that was asked for" in tail, tail
-            assert "Connection closed by peer" not in tail[tail.index("the fault that was asked for") :]
-        (tmp_path / "out.txt").unlink()
+    with started(launch(config), tmp_path, material, FAULT=fault) as job:
+        assert job.wait(60) == 1
+        tail = "\n".join(job.output().splitlines()[-25:])
+        assert "ValueError: the fault that was asked for" in tail, tail
+        assert "Connection closed by peer" not in tail[tail.index("the fault that was asked for") :]
 
 
 @pytest.mark.parametrize("victim", ["rank 0", pytest.param("rank 1", marks=pytest.mark.slow), "launcher"])
@@ -255,9 +253,9 @@ def test_a_failed_job_is_started_again(make_config: Callable[..., Path], materia
         assert "restart 1 of 2" in job.output()
     summary = read_json(run / "summary.json")
     assert (summary["status"], summary["attempts"]) == ("finished", 2)
-    with started(torchrun_command(config, 2, "--max-restarts=2"), tmp_path, material) as job:
-        assert job.wait(60) == 0
-        assert "is finished" in job.output()
+    again = command("train", config, folder=tmp_path, num_processes=2)
+    assert again.returncode == 0
+    assert "is finished" in again.stdout, "a launcher that starts it again trains nothing twice"
 
 
 def test_a_rank_that_hangs_is_named(make_config: Callable[..., Path], material: Material, tmp_path: Path) -> None:
@@ -297,8 +295,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_what_was_before(
     kept = [f"step-{int(found[1]) - back:06d}" for back in (1, 2, 3)]
     assert [folder.name for folder in checkpoint_folders(run)] == kept
     assert read_json(run / "summary.json")["status"] == "failed"
-    with started(run_command(config), tmp_path, material) as job:
-        assert job.wait(60) == 0
+    assert command("train", config, folder=tmp_path, num_processes=2).returncode == 0
 
 
 def test_a_cache_that_is_half_filled_is_kept_and_filled_up(
@@ -316,12 +313,10 @@ def test_a_cache_that_is_half_filled_is_kept_and_filled_up(
     noted = [read_json(path)["rows"] for path in tmp_path.glob("cache/.*/train-*.json")]
     assert len(noted) == 2
     assert all(0 < rows < 75 for rows in noted)
-    with started(run_command(config), tmp_path, material) as job:
-        assert job.wait(60) == 0
+    assert command("train", config, folder=tmp_path, num_processes=2).returncode == 0
     (kept,) = (tmp_path / "cache").iterdir()
     straight = make_config(cache={"mode": "on", "folder": str(tmp_path / "straight")}, train=train)
-    with started([*run_command(straight), "--fresh"], tmp_path, material) as job:
-        assert job.wait(60) == 0
+    assert command("train", straight, "--fresh", folder=tmp_path, num_processes=2).returncode == 0
     (whole,) = (tmp_path / "straight").iterdir()
     assert kept.name == whole.name
     for path in sorted(whole.glob("*.bin")):

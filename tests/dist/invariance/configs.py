@@ -8,7 +8,7 @@ import torch
 from material import FILLERS, TOPICS, Material, write_images, write_material, write_sentences, write_task_rows
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from invariance.cases import GLOBAL_BATCH_SIZE, ROWS, Case
+from invariance.cases import ROWS, Case
 
 NUM_VALIDATION = 13
 """Rows that are evaluated five times a run: few, and at 2 and 4 processes not the same number on each."""
@@ -75,7 +75,7 @@ def config_of(case: Case, inputs: Inputs) -> dict[str, Any]:
         **_freeze(case.freeze, BATCH_NORMS.get(case.model)),
         "train": {
             **({} if case.freeze == "phases" else {"epochs": 20}), "max_steps": changes["steps"],
-            "global_batch_size": GLOBAL_BATCH_SIZE, "micro_batch_size": changes["micro"], "eval_batch_size": 8,
+            "global_batch_size": case.global_batch_size, "micro_batch_size": changes["micro"], "eval_batch_size": 8,
             "lr": 2e-4 if case.model in ("bert", "bert-tokens") else 5e-5, "precision": "fp32",
         },
         "shard": changes["shard"],
