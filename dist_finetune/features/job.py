@@ -157,9 +157,9 @@ def _key(
 ) -> FeatureKey:
     batch_size = spec.train.eval_batch_size  # the plan's own spec has nothing about training in it
     if batch_size == "auto":
-        batch_size = plan.batches.eval_batch_size
-        if plan.topology.device == "cuda":  # twice what memory bounds an evaluation to, beside which a model is trained
-            batch_size = min(CUDA_BATCH_SIZE, 2 * batch_size)
+        planned = plan.batches.eval_batch_size
+        # on a GPU twice what memory bounds an evaluation to, beside which a model is trained
+        batch_size = min(CUDA_BATCH_SIZE, 2 * planned) if plan.topology.device == "cuda" else planned
     return FeatureKey(
         weights_sha256=provenance.sha256,
         inputs_sha256=_inputs_sha256(plan, splits),
