@@ -155,11 +155,9 @@ def _try_out(model: nn.Module, plan: Plan, depths: tuple[Depth, ...], rows: Rows
 def _key(
     spec: Spec, plan: Plan, provenance: Provenance, splits: dict[str, Rows], depths: tuple[Depth, ...]
 ) -> FeatureKey:
-    batch_size = spec.train.eval_batch_size  # the plan's own spec has nothing about training in it
-    if batch_size == "auto":
-        planned = plan.batches.eval_batch_size
-        # on a GPU twice what memory bounds an evaluation to, beside which a model is trained
-        batch_size = min(CUDA_BATCH_SIZE, 2 * planned) if plan.topology.device == "cuda" else planned
+    asked, planned = spec.train.eval_batch_size, plan.batches.eval_batch_size  # the plan's own spec has no `train`
+    if plan.topology.device == "cuda":  # twice what memory bounds an evaluation to, beside which a model is trained
+        planned = min(CUDA_BATCH_SIZE, 2 * planned)
     return FeatureKey(
         weights_sha256=provenance.sha256,
         inputs_sha256=_inputs_sha256(plan, splits),
@@ -167,7 +165,7 @@ def _key(
         depths=tuple(depth.label for depth in depths),
         pool=spec.features.pool,
         precision=plan.precision,
-        batch_size=batch_size,
+        batch_size=planned if asked == "auto" else asked,
         pass_tokens=splits["train"].pass_tokens,
     )
 
