@@ -85,6 +85,8 @@ def test_rounded_frozen_weights_leave_as_they_came(mixed: dict[str, Run], name: 
         assert torch.equal(weights[f"bert.{n}"], source[n]), n
     assert mixed[name].series("train/loss") == pytest.approx(mixed["fp32"].series("train/loss"), rel=0.05)
     assert len(mixed[name].summary["frozen_verified"]) >= len(frozen)
+    whole, half = (mixed[n].summary["memory"]["actual"]["frozen_weights"] for n in (f"bf16-{name.split('-')[1]}", name))
+    assert half < 0.6 * whole, "a rank's frozen weights take half as much"
 
 
 def test_a_parameter_without_a_gradient_is_named_on_every_rank(material: Material, runs: RunJobs) -> None:
