@@ -295,7 +295,8 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_what_was_before(
     kept = [f"step-{int(found[1]) - back:06d}" for back in (1, 2, 3)]
     assert [folder.name for folder in checkpoint_folders(run)] == kept
     assert read_json(run / "summary.json")["status"] == "failed"
-    assert command("train", config, folder=tmp_path, num_processes=2).returncode == 0
+    with started(run_command(config), tmp_path, material) as job:
+        assert job.wait(60) == 0
 
 
 def test_a_cache_that_is_half_filled_is_kept_and_filled_up(
@@ -313,10 +314,12 @@ def test_a_cache_that_is_half_filled_is_kept_and_filled_up(
     noted = [read_json(path)["rows"] for path in tmp_path.glob("cache/.*/train-*.json")]
     assert len(noted) == 2
     assert all(0 < rows < 75 for rows in noted)
-    assert command("train", config, folder=tmp_path, num_processes=2).returncode == 0
+    with started(run_command(config), tmp_path, material) as job:
+        assert job.wait(60) == 0
     (kept,) = (tmp_path / "cache").iterdir()
     straight = make_config(cache={"mode": "on", "folder": str(tmp_path / "straight")}, train=train)
-    assert command("train", straight, "--fresh", folder=tmp_path, num_processes=2).returncode == 0
+    with started([*run_command(straight), "--fresh"], tmp_path, material) as job:
+        assert job.wait(60) == 0
     (whole,) = (tmp_path / "straight").iterdir()
     assert kept.name == whole.name
     for path in sorted(whole.glob("*.bin")):
