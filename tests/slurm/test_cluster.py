@@ -153,8 +153,10 @@ def test_a_job_that_is_stopped_goes_on_where_it_was(
     assert f"attempt 2 of 4: goes on after {after}\n" in log
     assert afters(run) == [None, after]
     assert losses(run) == straight(path), "the numbers of a run that was never stopped"
-    first, second = run_ids(run)
-    assert first == second == read_json(run / "wandb.json")["id"]
+    ids = run_ids(run)
+    assert set(ids) == {read_json(run / "wandb.json")["id"]}
+    # SIGTERM reaches W&B's own process as well, which may leave the first file empty
+    assert len(ids) == 2 or how == "scontrol requeue"
 
 
 @pytest.mark.slow
