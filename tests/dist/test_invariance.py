@@ -11,7 +11,7 @@ from invariance.cases import FREEZES, MODELS, ROWS, STRATEGIES, WORLD_SIZES, Cas
 from invariance.compare import TOLERANCES, Outcome, beyond, compare
 from invariance.suite import run_cases
 
-NUM_FEW, NUM_PAIRWISE = 24, 122  # and their references: 150 trainings in the cover
+NUM_FEW, NUM_PAIRWISE = 24, 122  # with its 30 references the cover is about 150 trainings
 
 
 def _check(cases: list[Case], folder: Path, timeout_s: float, num_gpus: int = 0) -> None:
