@@ -44,9 +44,7 @@ def train(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary
                 return load_summary(folder_of(spec))
             return _train(spec, fresh, world, report, signals, started_s)
         except Exception as error:
-            # before it has started, what the folder holds is another run's, or one that --fresh will put aside
-            is_ours = found == "unfinished" or report.has_files
-            end_early(folder_of(spec) if is_ours else None, error, world, report)
+            end_early(folder_of(spec), found, error, world, report)
             raise
 
 

@@ -151,10 +151,13 @@ def write_end(folder: Path | None, error: Exception, world: World) -> None:
         )
 
 
-def end_early(folder: Path | None, error: Exception, world: World, report: Reporter) -> None:
-    """Marks a run that `error` ends, and closes its files and trackers. Told to stop, which every rank is at once, all
-    wait for the first one: most launchers end a job, and a tracker that is still closing, with its first process."""
-    write_end(folder, error, world)
+def end_early(folder: Path, found: str | None, error: Exception, world: World, report: Reporter) -> None:
+    """Marks a run that `error` ends, and closes its files and trackers. `found` is what `check_run_folder` said, None
+    where it refused. Told to stop, which every rank is at once, all wait for the first one: most launchers end a job,
+    and a tracker that is still closing, with its first process."""
+    # before it has started, what the folder holds is another run's, or one that --fresh will put aside
+    is_ours = found == "unfinished" or report.has_files
+    write_end(folder if is_ours else None, error, world)
     report.finish({}, exit_code=1)
     if isinstance(error, Stopped):
         wait_for_first()

@@ -1,6 +1,5 @@
 """`micro_batch_size: auto` tried out: forward and backward at the largest shape, beside what a rank will hold."""
 
-import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_finetune.engine.base import collect
 from dist_finetune.engine.blocks import prepare_blocks
 from dist_finetune.engine.build import CUT_AS_THEY_ARRIVE
 from dist_finetune.engine.precision import autocast_of, round_frozen
@@ -84,9 +84,8 @@ def _problem(plan: Plan, rows: int, device: torch.device) -> str | None:
         is_known = any(known in str(error).lower() for known in OUT_OF_MEMORY)
         return NO_MEMORY if isinstance(error, MemoryError) or is_known else words
     finally:
-        gc.collect()
+        collect()
         if device.type == "cuda":
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)  # a run reports its own peak
     return None
 

@@ -163,8 +163,10 @@ def _device_variables(device: torch.device) -> dict[str, str]:
     own GPU only; DeepSpeed insists that mpirun's variable says the same."""
     if device.type != "cuda":
         return {}
-    names = ("LOCAL_RANK", *(name for name in ("OMPI_COMM_WORLD_LOCAL_RANK",) if name in os.environ))
-    return dict.fromkeys(names, str(device.index))
+    variables = {"LOCAL_RANK": str(device.index)}
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+        variables["OMPI_COMM_WORLD_LOCAL_RANK"] = str(device.index)
+    return variables
 
 
 def _set_cpu_threads(launch: LaunchSpec, found: LaunchedAs) -> None:

@@ -52,7 +52,7 @@ def compare_heads(spec: Spec, fresh: bool = False, changes: Changes = "none") ->
                 return load_feature_summary(folder)
             return _run(spec, fresh, world, report, started_s)
         except Exception as error:
-            end_early(folder if found == "unfinished" or report.has_files else None, error, world, report)
+            end_early(folder, found, error, world, report)
             raise
 
 

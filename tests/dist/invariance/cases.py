@@ -154,5 +154,6 @@ def _values(case: Case) -> Sequence[tuple[str, Any]]:
 def _pairs(case: Case) -> Sequence[Hashable]:
     """The pairs of its values; and, as one process has nothing to shard, its freeze and its strategy at several.
     What is offloaded is so at one process too."""
-    shared_out = case.world_size > 1 and not case.strategy.endswith("offload")
-    return [*itertools.combinations(_values(case), 2), *([(case.freeze, case.strategy, "several")] * shared_out)]
+    is_shared_out = case.world_size > 1 and not case.strategy.endswith("offload")
+    shared_out = [(case.freeze, case.strategy, "several")] if is_shared_out else []
+    return [*itertools.combinations(_values(case), 2), *shared_out]
