@@ -1,4 +1,4 @@
-"""An elastic torchrun that loses a machine goes on with the others, from the last checkpoint."""
+"""An elastic torchrun that loses a machine, or gets another, goes on with those that are there."""
 
 import sys
 from pathlib import Path
@@ -35,6 +35,31 @@ def test_a_machine_that_goes_costs_the_steps_since_the_last_checkpoint(material:
     starts = read_lines(run / "attempts.jsonl")
     assert [start["world_size"] for start in starts] == [2, 1]
     assert starts[1]["step"] >= 10, "a checkpoint every five steps"
+    assert read_json(run / "summary.json")["status"] == "finished"
+    steps = [row["step"] for row in read_lines(run / "metrics.jsonl") if "train/loss" in row]
+    assert steps == list(range(1, NUM_STEPS + 1)), "each step once"
+
+
+def test_a_machine_that_comes_later_costs_no_step(material: Material, tmp_path: Path) -> None:
+    """torchrun ends its workers to start them anew together with the newcomer's: they save where they are.
+
+    The variable is torch's own: with a store that is shared over rounds, an agent that stays does not tell a newcomer
+    its address (torch 2.14), and both give up after a minute.
+    """
+    apart = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    content = faulty_config(material, train={"epochs": NUM_STEPS // 10}, checkpoint={"every": f"{NUM_STEPS} steps"})
+    config = write_config(tmp_path / "job.yaml", content, name="job", output=str(tmp_path / "runs"))
+    run, port = tmp_path / "runs" / "job", free_port()
+    for name in ("first", "comes"):
+        (tmp_path / name).mkdir()
+    with started(agent(config, port, is_host=True), tmp_path / "first", material, SLOW_S="0.3", **apart) as first:
+        wait_for(lambda: last_step(run) >= 5, 180, lambda: first.output()[-6000:])
+        with started(agent(config, port, is_host=False), tmp_path / "comes", material, SLOW_S="0.1", **apart) as comes:
+            assert first.wait(300) == 0, first.output()[-6000:]
+            assert comes.wait(60) == 0, comes.output()[-6000:]
+    starts = read_lines(run / "attempts.jsonl")
+    assert [start["world_size"] for start in starts] == [1, 2]
+    assert starts[1]["step"] >= 5, "nothing but this stop saved before the end"
     assert read_json(run / "summary.json")["status"] == "finished"
     steps = [row["step"] for row in read_lines(run / "metrics.jsonl") if "train/loss" in row]
     assert steps == list(range(1, NUM_STEPS + 1)), "each step once"
