@@ -19,7 +19,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests" / "dist")]
 
-from invariance.cases import MODELS, Case, full_product, pairwise
+from invariance.cases import LARGE_STEPS, MODELS, Case, full_product, pairwise
 from invariance.compare import GPU_TOLERANCES, TOLERANCES
 from invariance.suite import Result, run_cases
 from rich.console import Console
@@ -58,6 +58,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--cases", type=int, help="a cover of all pairs of choices, filled up to so many; default: all")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--large-steps", type=int, default=LARGE_STEPS, help="steps of MiniLM and EfficientNet")
     parser.add_argument("--most-processes", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="an empty folder for the runs; default: a temporary one")
     parser.add_argument("--json", type=Path, help="also write every case's distances here")
@@ -67,7 +68,8 @@ def main() -> int:
     if args.gpus and not num_gpus:
         parser.error("--gpus: this machine has no CUDA device")
     with tempfile.TemporaryDirectory() as temporary:
-        results = run_cases(chosen_cases(args), args.folder or Path(temporary), 24 * 3600, num_gpus)
+        folder = args.folder or Path(temporary)
+        results = run_cases(chosen_cases(args), folder, 24 * 3600, num_gpus, args.large_steps)
     tolerances = GPU_TOLERANCES if num_gpus else TOLERANCES
     console = Console(width=140)
     console.print(table_of(results))

@@ -28,7 +28,8 @@ likely a step of Adam on a gradient of rounding noise."""
 CHEAP = 7
 """Seconds that a case may take which only fills up a cover."""
 MICRO_BATCH_COST = {"ddp": 0.5, "zero1": 0.7, "zero2": 0.7, "fsdp": 1.2, "zero3": 4}
-STEPS = {"bert": 30, "bert-tokens": 30, "resnet": 30, "minilm": 6, "efficientnet": 6}
+SMALL_STEPS, LARGE_STEPS = 30, 6
+"""Of a training. `benchmarks/invariance.py --large-steps 30` gives the large models as many."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Case:
         elif extra == "offload":
             shard["offload"] = "optimizer" if strategy == "zero2" else "parameters"
         micro = self.global_batch_size // self.world_size // self.accumulation
-        return {"shard": shard, "rows": self.rows, "freeze": self.freeze, "micro": micro, "steps": STEPS[self.model]}
+        return {"shard": shard, "micro": micro}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

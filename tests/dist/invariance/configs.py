@@ -8,7 +8,7 @@ import torch
 from material import FILLERS, TOPICS, Material, write_images, write_material, write_sentences, write_task_rows
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from invariance.cases import ROWS, Case
+from invariance.cases import LARGE_STEPS, ROWS, SMALL, SMALL_STEPS, Case
 
 NUM_VALIDATION = 13
 """Rows that are evaluated five times a run: few, and at 2 and 4 processes not the same number on each."""
@@ -21,11 +21,12 @@ BATCH_NORMS = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """Folders that the configs of all cases read."""
+    """Folders that the configs of all cases read, and how many steps the large models take."""
 
     folder: Path
     bert: Path
     material: Material
+    large_steps: int = LARGE_STEPS
 
 
 def write_inputs(folder: Path) -> Inputs:
@@ -64,7 +65,7 @@ def config_of(case: Case, inputs: Inputs) -> dict[str, Any]:
     train, validation = (
         (material.train, material.validation) if is_text else (material.images, material.validation_images)
     )
-    data: dict[str, Any] = {"train": str(train), "validation": str(validation), "max_rows": changes["rows"]}
+    data: dict[str, Any] = {"train": str(train), "validation": str(validation), "max_rows": case.rows}
     if case.model == "bert-tokens":
         data |= material.task("tags")["data"]
     elif not is_text:
@@ -74,7 +75,8 @@ def config_of(case: Case, inputs: Inputs) -> dict[str, Any]:
         "data": data,
         **_freeze(case.freeze, BATCH_NORMS.get(case.model)),
         "train": {
-            **({} if case.freeze == "phases" else {"epochs": 20}), "max_steps": changes["steps"],
+            **({} if case.freeze == "phases" else {"epochs": 20}),
+            "max_steps": SMALL_STEPS if case.model in SMALL else inputs.large_steps,
             "global_batch_size": case.global_batch_size, "micro_batch_size": changes["micro"], "eval_batch_size": 8,
             "lr": 2e-4 if case.model in ("bert", "bert-tokens") else 5e-5, "precision": "fp32",
         },

@@ -12,7 +12,7 @@ from typing import Any
 
 from harness import finish, run_ranks, torchrun
 
-from invariance.cases import WORLD_SIZES, Case, reference_of
+from invariance.cases import LARGE_STEPS, WORLD_SIZES, Case, reference_of
 from invariance.compare import GPU_TOLERANCES, TOLERANCES, beyond
 from invariance.configs import write_inputs
 
@@ -29,13 +29,15 @@ class Result:
     problem: str
 
 
-def run_cases(cases: Sequence[Case], folder: Path, timeout_s: float, num_gpus: int = 0) -> list[Result]:
+def run_cases(
+    cases: Sequence[Case], folder: Path, timeout_s: float, num_gpus: int = 0, large_steps: int = LARGE_STEPS
+) -> list[Result]:
     """The results of all cases, and of their references too, on so many GPUs or else on the CPU. Each launch ends
     within `timeout_s`."""
     inputs = write_inputs(folder / "inputs")
     m = inputs.material
     paths = [m.folder, m.bert, m.cnn_weights, m.train, m.validation, m.images, m.validation_images]
-    places = {"bert": str(inputs.bert), "material": [str(p) for p in paths]}
+    places = {"bert": str(inputs.bert), "material": [str(p) for p in paths], "large_steps": large_steps}
     (inputs.folder / "inputs.json").write_text(json.dumps(places), encoding="utf-8")
     references = sorted({reference_of(case) for case in cases}, key=lambda case: case.name)
     rest = [case for case in cases if case not in references]

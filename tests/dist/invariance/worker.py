@@ -73,7 +73,8 @@ def main() -> None:
     # nobody reads the report.html of these runs, and drawing its plots takes as long as their training
     sys.modules["dist_finetune.finish"].write_page = lambda *_: None  # type: ignore[attr-defined]
     places = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
-    inputs = Inputs(folder, Path(places["bert"]), Material(*(Path(p) for p in places["material"])))
+    material = Material(*(Path(p) for p in places["material"]))
+    inputs = Inputs(folder, Path(places["bert"]), material, places["large_steps"])
     work = out.with_suffix(".work")
     work.mkdir(exist_ok=True)
     for values in json.loads(cases_file.read_text(encoding="utf-8")):
