@@ -49,7 +49,7 @@ def table_of(results: list[Result]) -> Table:
 
 
 def chosen_cases(args: argparse.Namespace) -> list[Case]:
-    cases = pairwise(args.cases) if args.cases else full_product()
+    cases = pairwise(args.cases, args.models) if args.cases else full_product()
     most = min(args.most_processes, torch.cuda.device_count()) if args.gpus else args.most_processes
     return [c for c in cases if c.model in args.models and c.world_size <= most]
 

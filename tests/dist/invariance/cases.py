@@ -107,9 +107,10 @@ def full_product() -> list[Case]:
     return [case for values in itertools.product(*dimensions) if is_possible(case := Case(*values))]
 
 
-def pairwise(count: int, seed: int = 0) -> list[Case]:
-    """Cases in which every possible pair of values of two dimensions occurs, filled up with small models to `count`."""
-    return _filled_cover(full_product(), _pairs, count, seed)
+def pairwise(count: int, models: Collection[str] = MODELS, seed: int = 0) -> list[Case]:
+    """Cases of these models in which every possible pair of values of two dimensions occurs, filled up with cheap ones
+    to `count`."""
+    return _filled_cover([case for case in full_product() if case.model in models], _pairs, count, seed)
 
 
 def few(count: int, seed: int = 1) -> list[Case]:
