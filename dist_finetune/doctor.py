@@ -12,7 +12,7 @@ from dist_finetune.doctor_local import Finding, local_findings
 from dist_finetune.doctor_ranks import rank_findings, shared_folder_finding
 from dist_finetune.engine import open_accelerator
 from dist_finetune.errors import DistFinetuneError
-from dist_finetune.plan import Plan, make_plan
+from dist_finetune.plan import Plan, for_planning, make_plan
 from dist_finetune.run_folder import output_of
 from dist_finetune.spec import LaunchSpec, Spec
 from dist_finetune.topology import job_topology
@@ -86,8 +86,13 @@ def _plan(spec: Spec | None, world: World) -> tuple[Plan | None, Finding | None]
     if spec is None:
         return None, None
     topology = job_topology(world)
+
+    def planned() -> Plan:
+        # `strategy: auto` has not measured yet: what it may choose at most is a training of everything
+        return make_plan(for_planning(spec, topology.world_size) if spec.task == "features" else spec, topology)
+
     try:
-        plan = together(lambda: make_plan(spec, topology))
+        plan = together(planned)
         together(lambda: open_accelerator(plan, plan.phases[0], world))
     except DistFinetuneError as error:
         return None, Finding("fail", "config", str(error), "`dist-finetune plan` shows what this config would do")

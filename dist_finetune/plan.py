@@ -17,6 +17,7 @@ from dist_finetune.combinations import possible_strategies, refuse_impossible
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.deepspeed_settings import deepspeed_settings, zero_section
 from dist_finetune.errors import UserError
+from dist_finetune.features.bare import refuse_idle_settings, without_training
 from dist_finetune.freeze import Manifest
 from dist_finetune.fsdp_layout import FrozenLayout, fsdp_section
 from dist_finetune.memory.activations import fake_inputs
@@ -113,6 +114,8 @@ class Plan:
         """Why the precision is what it is."""
         if self.spec.train.precision != "auto":
             return "asked for"
+        if not self.topology.is_seen:
+            return "auto: taken to be there; a V100 or T4 has none, and a run there takes fp32"
         if self.topology.device == "cuda":
             return "auto: this GPU has it" if self.precision == "bf16" else "auto: this GPU has no bf16"
         if self.topology.has_amx:
@@ -176,9 +179,9 @@ def make_plan(spec: Spec, topology: Topology | None = None) -> Plan:
     return plan_run(spec, topology or local_topology(), tables, measure=True)
 
 
-def for_planning(spec: Spec) -> Spec:
-    """The spec whose plan tells what a run of `spec` needs. Extracting features is planned as training the head alone,
-    which holds the model just so.
+def for_planning(spec: Spec, world_size: int) -> Spec:
+    """The spec whose plan tells what a run of `spec` needs. Extracting features is planned as training the head alone
+    under ddp, which holds the model just so.
 
     Raises UserError where measuring comes first.
     """
@@ -188,10 +191,8 @@ def for_planning(spec: Spec) -> Spec:
             "advice.yaml that it writes"
         )
     if spec.task == "features":
-        from dist_finetune.features.job import refuse_idle_settings
-
         refuse_idle_settings(spec)
-        return spec.model_copy(update={"freeze": FreezeSpec(rule="backbone")})
+        return without_training(spec, world_size).model_copy(update={"freeze": FreezeSpec(rule="backbone")})
     return spec
 
 

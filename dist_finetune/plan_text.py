@@ -14,8 +14,11 @@ from dist_finetune.tasks.names import outputs_in_words
 
 def render_plan(plan: Plan, params: bool = False) -> RenderableType:
     """The whole plan as rich tables; `params` adds a line for each tensor."""
-    blocks: list[RenderableType] = [_freeze_table(plan, phase) for phase in plan.phases]
-    blocks += [Text(plan_lines(plan)), _memory_table(plan), Text("\n".join(cost_lines(plan)))]
+    if plan.spec.task == "features":
+        blocks: list[RenderableType] = [Text(plan_lines(plan))]
+    else:
+        blocks = [_freeze_table(plan, phase) for phase in plan.phases]
+        blocks += [Text(plan_lines(plan)), _memory_table(plan), Text("\n".join(cost_lines(plan)))]
     notes = plan_notes(plan)
     if notes:
         blocks.append(Text("\n".join(f"note: {note}" for note in notes), style="yellow"))
@@ -26,24 +29,59 @@ def render_plan(plan: Plan, params: bool = False) -> RenderableType:
 
 def plan_lines(plan: Plan) -> str:
     """The decisions of a plan, a line each."""
-    batches, data = plan.batches, plan.data
-    rows = ", ".join(f"{count:,} {split}" for split, count in data.num_rows.items())
-    size = f"up to {data.max_length} tokens" if data.modality == "text" else f"{data.image_size} pixels"
+    if plan.spec.task == "features":
+        return _feature_lines(plan)
+    batches = plan.batches
     accumulated = f"{batches.micro_batch_size} x {batches.gradient_accumulation_steps} accumulated"
     total_batch = f"{accumulated} x {plan.topology.world_size} processes"
     return "\n".join(
         [
-            f"model     {plan.card.name}, {data.modality}, {outputs_in_words(data.task, data.classes)}",
-            f"data      {rows} rows, {size}",
+            *_input_lines(plan),
             *(_phase_line(plan, phase) for phase in plan.phases),
             f"batch     {batches.global_batch_size} = {total_batch}; the last of an epoch {batches.last_batch_size}",
             f"steps     {plan.total_steps} ({batches.steps_per_epoch} an epoch)",
-            f"precision {plan.precision} on {plan.topology.device}, {plan.precision_reason}",
+            _precision_line(plan),
             f"strategy  {plan.strategy}: {plan.strategy_reason}",
             *_frozen_line(plan),
             *(_cache_line(plan, phase) for phase in plan.phases),
         ]
     )
+
+
+def _feature_lines(plan: Plan) -> str:
+    """What `task: features` does and takes, a line each: it has no steps, and nothing is sharded."""
+    features, manifest = plan.spec.features, plan.widest.manifest
+    depths = ", ".join(features.at) or "every depth"
+    weights = (manifest.num_frozen + manifest.num_trainable) * FP32_BYTES
+    return "\n".join(
+        [
+            *_input_lines(plan),
+            f"features  at {depths}, pool {features.pool}, heads {', '.join(features.heads)}",
+            f"pass      one: each row once, shared out over {plan.topology.world_size} processes",
+            _precision_line(plan),
+            f"memory    {_mib(weights)} MiB of weights a process, and what a batch takes in passing",
+            f"load      {_host_memory(plan)}",
+        ]
+    )
+
+
+def _input_lines(plan: Plan) -> list[str]:
+    data = plan.data
+    rows = ", ".join(f"{count:,} {split}" for split, count in data.num_rows.items())
+    size = f"up to {data.max_length} tokens" if data.modality == "text" else f"{data.image_size} pixels"
+    return [
+        f"model     {plan.card.name}, {data.modality}, {outputs_in_words(data.task, data.classes)}",
+        f"data      {rows} rows, {size}",
+    ]
+
+
+def _precision_line(plan: Plan) -> str:
+    return f"precision {plan.precision} on {plan.topology.device}, {plan.precision_reason}"
+
+
+def _host_memory(plan: Plan) -> str:
+    most = _mib(plan.costs.host_bytes_per_node)
+    return f"at most {most} MiB of host memory a node, whatever its number of processes"
 
 
 def _cache_line(plan: Plan, phase: PhasePlan) -> str:
@@ -71,12 +109,12 @@ def plan_notes(plan: Plan) -> list[str]:
     """What is allowed, but the user may not have meant; each once."""
     many = len(plan.phases) > 1
     notes = [*plan.structure.notes]
-    notes += [(f"{p.name}: " if many else "") + note.message for p in plan.phases for note in p.notes]
     if plan.spec.task == "features":
-        notes = [
-            *plan.structure.notes,
+        return [
+            *notes,
             "task: features: no layer is trained; each row is run through the model once, then heads are fitted",
         ]
+    notes += [(f"{p.name}: " if many else "") + note.message for p in plan.phases for note in p.notes]
     given = plan.spec.train.epochs
     if plan.spec.phases and not isinstance(plan.spec.phases, str) and given != TrainSpec().epochs:
         notes.append(f"train.epochs: {given:g} has no effect: each phase has its own epochs")
@@ -159,10 +197,7 @@ def _mib(num_bytes: int) -> str:
 def cost_lines(plan: Plan) -> list[str]:
     """What a run takes besides GPU memory, and what its freeze gains."""
     costs = plan.costs
-    lines = [
-        f"checkpoint {_mib(costs.checkpoint_bytes)} MiB on disk; at load at most {_mib(costs.host_bytes_per_node)} MiB "
-        "of host memory a node, whatever its number of processes"
-    ]
+    lines = [f"checkpoint {_mib(costs.checkpoint_bytes)} MiB on disk; at load {_host_memory(plan)}"]
     gain = costs.forecast
     if gain and gain.speedup > 1:
         lines.append(

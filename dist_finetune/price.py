@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from dist_finetune.errors import UserError
+from dist_finetune.memory.forecast import Forecast
 from dist_finetune.plan import Plan
 from dist_finetune.spec_base import Section
 
@@ -60,18 +61,29 @@ def run_costs(plan: Plan, prices: Mapping[str, GpuPrice]) -> list[Cost]:
     if forecast is None or not forecast.forward_flops:
         why = plan.costs.activations_unknown or "its operations could not be counted"
         raise UserError(f"--price: no time can be told for {plan.card.name}: {why}")
-    # With a cache the frozen prefix runs once, in the first pass over the data, and never again.
-    each = forecast.cached_flops if all(cache.use for cache in plan.cache) else forecast.frozen_flops
-    trained = plan.total_steps * plan.batches.global_batch_size
-    epochs = max(1, round(plan.total_steps / plan.batches.steps_per_epoch))
-    evaluated = plan.data.num_rows.get("validation", 0) * epochs + plan.data.num_rows.get("test", 0)
-    operations = trained * each + evaluated * forecast.forward_flops
+    operations = _operations(plan, forecast)
     costs = []
     for gpu, entry in prices.items():
         seconds = operations / (entry.tflops * 1e12 * entry.efficiency * plan.topology.world_size)
         hours = seconds / 3600
         costs.append(Cost(gpu, hours, hours * entry.per_hour * plan.topology.world_size))
     return sorted(costs, key=lambda cost: cost.price)
+
+
+def _operations(plan: Plan, forecast: Forecast) -> float:
+    """Floating point operations of a whole run."""
+    whole, rows = forecast.forward_flops, plan.data.num_rows
+    if plan.spec.task == "features":
+        return whole * sum(rows.values())  # one pass, and heads are fitted on the CPU
+    full_epochs, more_steps = divmod(plan.total_steps, plan.batches.steps_per_epoch)
+    trained = full_epochs * rows["train"] + more_steps * plan.batches.global_batch_size
+    epochs = max(1, round(plan.total_steps / plan.batches.steps_per_epoch))
+    validation, tested = rows.get("validation", 0), rows.get("test", 0) * whole
+    if not all(cache.use for cache in plan.cache):
+        return trained * forecast.frozen_flops + epochs * validation * whole + tested
+    prefix = whole * forecast.frozen_prefix_share  # each stored row runs through it once
+    stored = rows["train"] * (plan.spec.cache.views or 1) + validation
+    return stored * prefix + trained * forecast.cached_flops + epochs * validation * (whole - prefix) + tested
 
 
 def cost_lines(plans: Sequence[Plan], prices: Mapping[str, GpuPrice]) -> list[str]:

@@ -107,7 +107,7 @@ def _write(folder: Path, path: Path, text: str, specs: Sequence[Spec], fresh: bo
 def _specs(config: str, overrides: Sequence[str], request: Request) -> list[Spec]:
     """One spec, or those of a sweep, whose folders lie in the folder that the run itself would have had."""
     base = load_spec(config, overrides)
-    for_planning(base)  # refuses what can't be planned before a sweep is unrolled
+    for_planning(base, world_size=1)  # refuses what can't be planned before a sweep is unrolled
     trials = sweep_trials(request.sweep)
     specs = [
         load_spec(config, [*overrides, *trial.overrides]).model_copy(
@@ -129,7 +129,7 @@ def _plans(specs: Sequence[Spec], request: Request) -> list[Plan]:
         key = f"{spec.data!r} {spec.train.seed} {spec.label_task}"
         if key not in read:
             read[key] = read_tables(spec.data, spec.train.seed, task=spec.label_task)
-        plan = plan_run(for_planning(spec), topology, read[key], measure=measure)
+        plan = plan_run(for_planning(spec, topology.world_size), topology, read[key], measure=measure)
         plans.append(replace(plan, spec=spec))
     return plans
 
@@ -138,7 +138,7 @@ def _topology(spec: Spec, request: Request) -> Topology:
     if request.gpus_per_node == 0:
         return Topology(request.nodes, request.processes_per_node or 1, "cpu")
     memory = request.gpu_memory_bytes or (spec.launch.slurm.gpu_memory if request.to == "slurm" else None)
-    return Topology(request.nodes, request.gpus_per_node, "cuda", memory)
+    return Topology(request.nodes, request.gpus_per_node, "cuda", memory, is_seen=False)
 
 
 def _text(folder: Path, specs: Sequence[Spec], plans: Sequence[Plan], request: Request) -> str:

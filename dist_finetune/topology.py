@@ -18,6 +18,8 @@ class Topology:
     device: Literal["cpu", "cuda"] = "cpu"
     device_memory_bytes: int | None = None
     supports_bf16: bool = True
+    is_seen: bool = True
+    """False for GPUs of another machine: nothing could ask whether they have bf16, as all since 2020 (Ampere) do."""
     has_amx: bool = False
     """The CPU has matrix units for bf16."""
 

@@ -30,10 +30,11 @@ def plan(
     asks_for_gpus = gpus_per_node is not None or memory is not None
     if asks_for_gpus:
         memory = memory or here.device_memory_bytes
-        topology = Topology(nodes, gpus_per_node or 1, "cuda", memory, here.supports_bf16)
+        is_seen = here.device == "cuda"
+        topology = Topology(nodes, gpus_per_node or 1, "cuda", memory, here.supports_bf16, is_seen)
     else:
         topology = here
-    planned = make_plan(for_planning(spec), topology)
+    planned = make_plan(for_planning(spec, topology.world_size), topology)
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=1))
     else:

@@ -15,7 +15,7 @@ from dist_finetune.data.arrow import column_values
 from dist_finetune.data.loading import Rows
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.data.text import TextRows
-from dist_finetune.errors import UserError
+from dist_finetune.features.bare import without_training
 from dist_finetune.features.depths import Capture, Depth, find_depths
 from dist_finetune.features.extract import extract_split
 from dist_finetune.features.heads import require_rows
@@ -24,7 +24,7 @@ from dist_finetune.models.card import Provenance
 from dist_finetune.models.sources import load_tokenizer
 from dist_finetune.plan import Plan, plan_run
 from dist_finetune.report import PLAIN_LINE_EVERY_S, Reporter
-from dist_finetune.spec import CacheSpec, FreezeSpec, Spec, TrainSpec
+from dist_finetune.spec import Spec
 from dist_finetune.stage import load_base
 from dist_finetune.tasks.names import require_classification
 from dist_finetune.topology import job_topology
@@ -65,22 +65,6 @@ class ExtractionCost:
         return self.num_rows / self.seconds if self.seconds else 0.0
 
 
-def refuse_idle_settings(spec: Spec) -> None:
-    """Raises UserError where a config with `task: features` sets what plays no part in it."""
-    idle = {
-        "freeze": not spec.freeze.is_none(),
-        "phases": bool(spec.phases),
-        "strategy": spec.strategy is not None,
-        "data.augment": spec.data.augment,
-    }
-    named = [key for key, is_set in idle.items() if is_set]
-    if named:
-        raise UserError(
-            f"task: features trains no layer of the model and takes each row as it is, so {', '.join(named)} would "
-            "have no effect; remove it, or leave out task: features"
-        )
-
-
 def class_tables(spec: Spec, what: str) -> Tables:
     """The splits of a spec. Raises UserError where `what`, which compares classes, is asked of data without any, or
     with too few rows of them."""
@@ -92,7 +76,7 @@ def class_tables(spec: Spec, what: str) -> Tables:
 
 def prepare_features(spec: Spec, tables: Tables, folder: Path, world: World, report: Reporter) -> FeatureJob:
     """Everything that extraction needs; its features go to `folder`/features. Collective."""
-    plan = plan_run(_frozen(spec, world), job_topology(world), tables)
+    plan = plan_run(without_training(spec, world.world_size), job_topology(world), tables)
     require_same("the plan", plan.digest(), "Give every rank the same config, data and package versions.")
     tokenizer = together(lambda: load_tokenizer(plan.card)) if plan.card.modality == "text" else None
     splits = encode_once(plan, tables, tokenizer, world)
@@ -130,16 +114,6 @@ def extract_all(job: FeatureJob, check: Callable[[], None] = lambda: None) -> Ex
             autocast = job.plan.precision == "bf16"
             num_done += extract_split(split, rows, capture, job.store, job.world, autocast, tell)
     return ExtractionCost(num_done, max(gather_objects(time.perf_counter() - started_s)))
-
-
-def _frozen(spec: Spec, world: World) -> Spec:
-    """The spec of the same model and data with nothing about training in it, which a plan would check for no reason."""
-    train = TrainSpec(
-        seed=spec.train.seed, precision=spec.train.precision, global_batch_size=world.world_size, warmup=0
-    )
-    data = spec.data.model_copy(update={"augment": False})
-    bare = {"freeze": FreezeSpec(), "phases": (), "train": train, "data": data, "cache": CacheSpec(mode="off")}
-    return spec.model_copy(update={**bare, "task": "features"})  # which `advise` is, too, as long as it measures
 
 
 def _try_out(model: nn.Module, plan: Plan, depths: tuple[Depth, ...], rows: Rows, world: World) -> None:

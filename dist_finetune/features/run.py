@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 
+from dist_finetune.features.bare import refuse_idle_settings
 from dist_finetune.features.files import (
     FeatureSummary,
     Found,
@@ -18,7 +19,6 @@ from dist_finetune.features.job import (
     class_tables,
     extract_all,
     prepare_features,
-    refuse_idle_settings,
 )
 from dist_finetune.features.keep import keep_models
 from dist_finetune.features.minibatch import fit_minibatch

@@ -79,18 +79,29 @@ def spec(**changes: Any) -> Spec:
     return load_spec({"name": "x", "model": {"name": "m"}, "data": {"train": "d"}, **changes})
 
 
+MakePlan = Callable[..., Plan]
+
+
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    from dist_finetune.data.tables import read_tables
-    from dist_finetune.plan import plan_run
+def planning(tmp_path_factory: pytest.TempPathFactory) -> MakePlan:
+    """Plans for MiniLM on two GPUs, with these sections of the config."""
+    from dist_finetune.plan import for_planning, make_plan
     from dist_finetune.topology import Topology
 
     folder = tmp_path_factory.mktemp("data")
     (folder / "rows.csv").write_text(CSV)
-    changes = {"data": {"train": str(folder / "rows.csv")}, "output": str(folder / "runs")}
-    wanted = load_spec({"name": "x", "model": {"name": "demo:minilm"}, "freeze": "backbone", "cache": "off", **changes})
-    tables = read_tables(wanted.data, 0)
-    return plan_run(wanted, Topology(1, 2, "cuda"), tables, measure=True)
+    data = {"train": str(folder / "rows.csv"), "validation": 0.2}
+
+    def plan(**changes: Any) -> Plan:
+        wanted = {"name": "x", "model": {"name": "demo:minilm"}, "data": data, "output": str(folder / "runs")}
+        return make_plan(for_planning(load_spec({**wanted, **changes}), 2), Topology(1, 2, "cuda"))
+
+    return plan
+
+
+@pytest.fixture(scope="module")
+def planned(planning: MakePlan) -> Plan:
+    return planning(freeze="backbone", cache="off")
 
 
 def test_one_machine_gets_a_line_for_each_question(
@@ -122,6 +133,23 @@ def test_a_wrong_config_is_a_failure_with_its_reason(
     out = capsys.readouterr().out
     assert ended.value.code == 1
     assert re.search(r"^fail  config +.*nothing\.csv", out, re.MULTILINE), out
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "line"),
+    [("", 0, r"^ok    config +ddp, fp32;"), ("freeze: norms", 1, r"^fail  config +.*freeze would have no effect")],
+)
+def test_a_feature_run_is_looked_at_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: str, code: int, line: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text(CSV)
+    (tmp_path / "c.yaml").write_text(f"task: features\nmodel: {{name: demo:minilm}}\ndata: {{train: rows.csv}}\n{more}\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "c.yaml"])
+    out = capsys.readouterr().out
+    assert ended.value.code == code, out
+    assert re.search(line, out, re.MULTILINE), out
 
 
 def test_versions_are_compared_with_what_the_package_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,6 +392,18 @@ def test_hours_and_price_follow_from_the_operations(planned: Plan) -> None:
         cheap, dear = cost_lines(plans, prices)
         assert dear == f"price     dear x 2: {hours:,.2f} h, {price:,.2f}{runs}"
         assert re.fullmatch(rf"price     cheap x 2: \d+\.\d min, 0\.\d\d{runs}", cheap)
+
+
+def test_a_cached_prefix_is_paid_for_once(planning: MakePlan) -> None:
+    """10 passes over 80 % of the rows, each with an evaluation of the rest."""
+    prices = {"gpu": GpuPrice(per_hour=1, tflops=0.001, efficiency=1)}
+    head = {"freeze": "backbone", "train": {"epochs": 10}}
+    (off,), (on,), (features,) = (
+        run_costs(planning(**changes), prices)
+        for changes in ({**head, "cache": "off"}, {**head, "cache": "on"}, {"task": "features"})
+    )
+    assert on.hours == pytest.approx(off.hours / 10, rel=0.1), "the head itself is next to nothing"
+    assert features.hours == pytest.approx(on.hours, rel=0.01), "each row once through the model"
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,7 @@ def test_a_model_that_needs_data_is_planned_without_activations(folder, monkeypa
         (Topology(has_amx=True), "bf16", "bf16", "asked for"),
         (Topology(device="cuda"), "auto", "bf16", "auto: this GPU has it"),
         (Topology(device="cuda", supports_bf16=False), "auto", "fp32", "auto: this GPU has no bf16"),
+        (Topology(device="cuda", is_seen=False), "auto", "bf16", "auto: taken to be there; a V100 or T4 has none"),
     ],
 )
 def test_the_plan_says_why_a_precision(folder, topology, asked, precision, reason):

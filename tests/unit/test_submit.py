@@ -84,6 +84,9 @@ def test_features_are_submitted_as_a_training_is(place: Path, capsys: pytest.Cap
     run("task=features", "freeze=none", "--nodes", "2", "--gpus-per-node", "4", "--dry-run")
     out = capsys.readouterr().out
     assert "note: task: features: no layer is trained; each row is run through the model once" in out
+    assert "pass      one: each row once, shared out over 8 processes" in out
+    assert "features  at every depth, pool auto, heads softmax, svm, rbf-svm" in out
+    assert not re.search(r"^(freeze|batch|steps|strategy|cache) ", out, re.MULTILINE), "words about training"
     assert "--nnodes=2 --nproc-per-node=4" in out
     assert not (place / "runs").exists()
 
