@@ -177,16 +177,22 @@ def _set_cpu_threads(launch: LaunchSpec, found: LaunchedAs) -> None:
 
 
 def _check_ranks(world: World) -> None:
-    """Every rank there once, every GPU used once, the same world size everywhere."""
+    """Every rank there once, every GPU used once, as many ranks on each machine."""
     if dist.get_world_size() != world.world_size or dist.get_rank() != world.rank:
         raise UserError(
             f"the process group has rank {dist.get_rank()} of {dist.get_world_size()}, {world.launcher}'s variables "
             f"say rank {world.rank} of {world.world_size}: start one launcher only, without variables of another"
         )
     gpu = str(torch.cuda.get_device_properties(world.device).uuid) if world.device.type == "cuda" else None
-    places = gather_objects((world.rank, world.world_size, socket.gethostname(), gpu))
+    places = gather_objects((world.rank, world.local_world_size, socket.gethostname(), gpu))
     if sorted(p[0] for p in places) != list(range(world.world_size)):
         raise UserError(f"ranks {sorted(p[0] for p in places)} arrived, 0 to {world.world_size - 1} were expected")
+    other = next((p for p in places if p[1] != places[0][1]), None)
+    if other:
+        raise UserError(
+            f"{places[0][1]} ranks on {places[0][2]} (rank 0), but {other[1]} on {other[2]} (rank {other[0]}): start as "
+            "many on each machine (torchrun --nproc-per-node, srun --ntasks-per-node)"
+        )
     gpus = [(host, uuid) for _, _, host, uuid in places if uuid]
     shared = sorted({g for g in gpus if gpus.count(g) > 1})
     if shared:

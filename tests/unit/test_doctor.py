@@ -144,7 +144,9 @@ def test_a_feature_run_is_looked_at_as_such(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.csv").write_text(CSV)
-    (tmp_path / "c.yaml").write_text(f"task: features\nmodel: {{name: demo:minilm}}\ndata: {{train: rows.csv}}\n{more}\n")
+    (tmp_path / "c.yaml").write_text(
+        f"task: features\nmodel: {{name: demo:minilm}}\ndata: {{train: rows.csv}}\n{more}\n"
+    )
     with pytest.raises(SystemExit) as ended:
         main(["doctor", "c.yaml"])
     out = capsys.readouterr().out

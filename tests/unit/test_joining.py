@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,6 +120,21 @@ try:
 except UserError as error:
     sys.exit(f"refused: {error}")
 """
+
+
+@pytest.mark.dist
+@without_gpu
+def test_machines_with_unlike_numbers_of_ranks_are_refused() -> None:
+    same = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    places = [("0", "0", "2"), ("1", "1", "2"), ("2", "0", "1")]
+    with ThreadPoolExecutor() as pool:
+        ranks = [
+            pool.submit(python, JOIN, **same, RANK=rank, LOCAL_RANK=local, LOCAL_WORLD_SIZE=size)
+            for rank, local, size in places
+        ]
+    host = socket.gethostname()
+    for rank in ranks:
+        assert f"refused: 2 ranks on {host} (rank 0), but 1 on {host} (rank 2): start as many" in rank.result().stderr
 
 
 @pytest.mark.dist
