@@ -190,8 +190,8 @@ def _check_ranks(world: World) -> None:
     other = next((p for p in places if p[1] != places[0][1]), None)
     if other:
         raise UserError(
-            f"{places[0][1]} ranks on {places[0][2]} (rank 0), but {other[1]} on {other[2]} (rank {other[0]}): start as "
-            "many on each machine (torchrun --nproc-per-node, srun --ntasks-per-node)"
+            f"{places[0][1]} ranks on {places[0][2]} (rank 0), but {other[1]} on {other[2]} (rank {other[0]}): start "
+            "as many on each machine (torchrun --nproc-per-node, srun --ntasks-per-node)"
         )
     gpus = [(host, uuid) for _, _, host, uuid in places if uuid]
     shared = sorted({g for g in gpus if gpus.count(g) > 1})
