@@ -22,7 +22,7 @@ def config_of(material: Material, strategy: str, frozen: str = "auto", **train: 
 
 @pytest.fixture(scope="module")
 def mixed(material: Material, runs: RunJobs) -> dict[str, Run]:
-    """Eight steps of a BERT on 2 processes: in bf16 and fp16, with frozen weights in bf16, recomputed."""
+    """Eight steps of a BERT on 2 processes, in bf16 and fp16, with frozen weights in bf16, recomputed; and of a CNN."""
     rounded = {"freeze": {"embeddings": True, "layers": "0", "dtype": "bf16"}}
     jobs = [Job("fp32", config_of(material, "ddp"))]
     jobs += [Job(f"bf16-{s}", config_of(material, s, precision="bf16")) for s in MIXED]
@@ -30,6 +30,11 @@ def mixed(material: Material, runs: RunJobs) -> dict[str, Run]:
     jobs += [Job(f"rounded-{s}", {**config_of(material, s, precision="bf16"), **rounded}) for s in MIXED]
     jobs += [Job(f"recomputed-{s}", config_of(material, s, gradient_checkpointing=True)) for s in MIXED]
     jobs += [Job("rounded-fsdp-shard", {**config_of(material, "fsdp", "shard", precision="bf16"), **rounded})]
+    for strategy, precision in (("ddp", "fp32"), *((s, "bf16") for s in MIXED)):
+        train = {"max_steps": 8, "precision": precision}
+        jobs.append(
+            Job(f"cnn-{precision}-{strategy}", material.image(train=train, shard={"strategy": strategy}, cache="off"))
+        )
     return runs(jobs, 2)
 
 
@@ -71,6 +76,22 @@ def test_mixed_precision_is_near_fp32_and_not_it(mixed: dict[str, Run], name: st
     assert losses != plain
     weights = mixed[name].weights()
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}  # fp32 masters, and the frozen as they were
+
+
+@pytest.mark.parametrize("strategy", MIXED)
+def test_a_cnn_in_bf16_keeps_its_norms_in_fp32(mixed: dict[str, Run], strategy: str, material: Material) -> None:
+    """Its convolutions compute in bf16; statistics of BatchNorm, rounded once, would not be those of the source."""
+    plain, run = mixed["cnn-fp32-ddp"], mixed[f"cnn-bf16-{strategy}"]
+    losses = run.series("train/loss")
+    assert losses == pytest.approx(plain.series("train/loss"), rel=0.02)
+    assert losses != plain.series("train/loss")
+    source, weights = load_file(material.cnn_weights), run.weights()
+    floating = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+    assert {tensor.dtype for tensor in floating.values()} == {torch.float32}
+    statistics = [name for name in source if name.endswith(("running_mean", "running_var"))]
+    assert len(statistics) == 30
+    assert all(torch.equal(source[name], weights[name]) for name in statistics)
+    assert any(not torch.equal(source[name], source[name].bfloat16().float()) for name in statistics)
 
 
 @pytest.mark.parametrize("name", [*(f"rounded-{s}" for s in MIXED), "rounded-fsdp-shard"])
