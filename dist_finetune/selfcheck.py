@@ -7,6 +7,7 @@ norms, the last evaluation's logits, the trained weights, and the frozen ones by
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -35,6 +36,11 @@ TOLERANCES = {
 }
 NO_GRADIENT = "key.bias"
 """An attention's key bias has no true gradient: Adam turns its rounding noise into steps of full size."""
+NEAR = 1e-3  # of losses, relative
+NEAR_WORDS = (
+    "Losses this near may part by rounding alone, where a ReLU's input is at its kink or the learning rate is high "
+    "(docs/sameness.md): try another train.seed, or a tenth of train.lr"
+)
 TAIL_CHARACTERS = 1500
 WORD_PHASES = {"lp-ft": 2, "gradual": 4}
 """As many phases as a word for them is checked with: gradual with the head, a part of the blocks, more, and all."""
@@ -51,13 +57,16 @@ class SelfCheck:
     """Largest difference by the keys of TOLERANCES."""
     num_frozen: int
     parted: str | None
+    is_near: bool = False
+    """They part in numbers alone, and by no more than rounding may grow to."""
 
     def lines(self) -> str:
         """The answer as text."""
         found = ", ".join(f"{key} {value:.1e}" for key, value in self.differences.items())
         way = f"{self.num_steps} steps on 1 process with ddp and on {self.num_processes} with {self.strategy}"
         answer = "yes, the same numbers" if self.parted is None else f"NO: {self.parted}"
-        return f"{way}: {answer}\nlargest differences: {found}; {self.num_frozen} frozen tensors compared byte for byte"
+        compared = f"largest differences: {found}; {self.num_frozen} frozen tensors compared byte for byte"
+        return "\n".join([f"{way}: {answer}", compared, *([NEAR_WORDS] if self.is_near else [])])
 
 
 def check_config(
@@ -135,6 +144,7 @@ def _train(config: str, overrides: Sequence[str], num_processes: int) -> Path:
 def compare_runs(alone: Path, several: Path, num_processes: int, device: str) -> SelfCheck:
     """Compares the folders of two finished runs of the same steps."""
     tolerances, steps = TOLERANCES[device], [_steps(alone), _steps(several)]
+    far: str | None = None
     parted = None if [s["step"] for s in steps[0]] == [s["step"] for s in steps[1]] else "the runs took other steps"
     differences = dict.fromkeys(tolerances, 0.0)
     for mine, theirs in zip(*steps, strict=False):
@@ -142,9 +152,10 @@ def compare_runs(alone: Path, several: Path, num_processes: int, device: str) ->
             parted = parted or f"step {mine['step']}: train/lr is {theirs['train/lr']}, alone {mine['train/lr']}"
         for key in ("train/loss", "train/grad_norm"):
             difference = abs(mine[key] - theirs[key]) / max(abs(mine[key]), 1e-12)
+            difference = float("inf") if math.isnan(difference) else difference
             differences[key] = max(differences[key], difference)
             if not difference <= tolerances[key]:
-                parted = parted or f"step {mine['step']}: {key} is {theirs[key]:.7g}, alone {mine[key]:.7g}"
+                far = far or f"step {mine['step']}: {key} is {theirs[key]:.7g}, alone {mine[key]:.7g}"
     weights = [load_file(run / "model" / "model.safetensors") for run in (alone, several)]
     logits = [load_file(run / "predictions" / "validation.safetensors")["logits"] for run in (alone, several)]
     differences["logits"] = _largest(*logits)
@@ -157,9 +168,10 @@ def compare_runs(alone: Path, several: Path, num_processes: int, device: str) ->
             differences["weights"] = max(differences["weights"], _largest(tensor, weights[1][name]))
     for key in ("weights", "logits"):
         if not differences[key] <= tolerances[key]:
-            parted = parted or f"{key} after the last step differ by {differences[key]:.1e}"
+            far = far or f"{key} after the last step differ by {differences[key]:.1e}"
     strategy = json.loads((several / "plan.json").read_text(encoding="utf-8"))["strategy"]
-    return SelfCheck(num_processes, strategy, len(steps[0]), differences, len(frozen), parted)
+    is_near = parted is None and far is not None and differences["train/loss"] < NEAR
+    return SelfCheck(num_processes, strategy, len(steps[0]), differences, len(frozen), parted or far, is_near)
 
 
 def _steps(run: Path) -> list[dict[str, Any]]:

@@ -82,4 +82,5 @@ def test_it_says_where_two_runs_part(tmp_path: Path, changes: dict[str, float], 
     assert found.parted is not None
     assert words in found.parted
     assert f"NO: {found.parted}" in found.lines()
+    assert ("by rounding alone" in found.lines()) == (changes.keys() <= {"loss", "logit"} and "nan" not in words)
     assert compare_runs(alone, alone, 2, "cpu").parted is None

@@ -22,9 +22,9 @@ epoch: more evaluations would take longer than the training."""
 FEW_ROWS = 41
 """For the two large models, whose few steps are to reach the end of an epoch too."""
 SMALL_BATCH, LARGE_BATCH = 24, 12
-"""Rows of a step, for small models divisible by every world size times every accumulation. In batches of 24 all ways to
-train EfficientNet agree but for the reference, 1e-4 off in gradient norm and one learning rate (5e-5) in a weight: most
-likely a step of Adam on a gradient of rounding noise."""
+"""Rows of a step, for small models divisible by every world size times every accumulation. In batches of 24 one way to
+cut EfficientNet's batches differs from the others: an input of a ReLU6 within rounding of its kink, see
+docs/sameness.md."""
 CHEAP = 7
 """Seconds that a case may take which only fills up a cover."""
 MICRO_BATCH_COST = {"ddp": 0.5, "zero1": 0.7, "zero2": 0.7, "fsdp": 1.2, "zero3": 4}
