@@ -94,10 +94,11 @@ def _cached(
     """Turns `model` into the part above its frozen prefix, fed from stored activations. Raises NoCut, with the model as
     it was, where that fails or does not pay."""
     full = job.plan.spec.checkpoint.full
-    trained = {name for p in job.plan.phases[: phase.index] for name in p.manifest.trainable}
+    # buffers too: BatchNorm that trained in an earlier phase has moved its statistics
+    changed = {r.name for p in job.plan.phases[: phase.index] for r in p.manifest.records if not r.frozen}
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     splits, cut = cache_splits(job, phase, model, digests, is_begun)
-    kept = [name for name in cut.dropped if full or name in trained]
+    kept = [name for name in cut.dropped if full or name in changed]
     dropped = {name: tensors[name].detach().to("cpu", copy=True) for name in kept}
     return replace(phase, manifest=phase.manifest.without(cut.dropped)), splits, dropped
 

@@ -237,6 +237,24 @@ def test_patience_ends_a_phase_and_the_next_one_has_its_own(finished: Any, tmp_p
     assert log.count("stopping early: 1 evaluations") == 1
 
 
+def test_statistics_that_an_earlier_phase_moved_outlive_the_cache(finished: Any, tmp_path: Path) -> None:
+    """The second phase caches the BatchNorm that trained in the first: no rank holds it, and no source has it."""
+    material = finished[0]
+    phases = [{"name": "all", "freeze": "none", "epochs": 1}, {"name": "head", "freeze": "backbone", "epochs": 2}]
+    config = {**material.image(freeze=None, phases=phases, shard={"strategy": "ddp"}), "cache": "auto"}
+    config["train"].pop("epochs")
+    path = write_config(tmp_path / "job.yaml", config, name="job", output=str(tmp_path))
+    run = tmp_path / "job"
+    assert train(load_spec(str(path))).cache_s > 0
+    assert "cache built in" in (run / "log.txt").read_text(encoding="utf-8")
+    exported = load_file(run / "model" / "model.safetensors")
+    assert exported["conv1.1.num_batches_tracked"].item() > 1234, "those of the base model"
+    (run / "summary.json").unlink()
+    train(load_spec(str(path)))
+    again = load_file(run / "model" / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in exported.items())
+
+
 def test_verify_on_the_command_line(again: tuple[Path, Train]) -> None:
     run, _ = again
     newest = checkpoint_folders(run)[0]
