@@ -98,7 +98,8 @@ def _cached(
     changed = {r.name for p in job.plan.phases[: phase.index] for r in p.manifest.records if not r.frozen}
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     splits, cut = cache_splits(job, phase, model, digests, is_begun)
-    kept = [name for name in cut.dropped if full or name in changed]
+    state = {r.name for r in phase.manifest.records if full or r.name in changed}
+    kept = [name for name in cut.dropped if name in state]  # what the model computes by itself is no part of it
     dropped = {name: tensors[name].detach().to("cpu", copy=True) for name in kept}
     return replace(phase, manifest=phase.manifest.without(cut.dropped)), splits, dropped
 

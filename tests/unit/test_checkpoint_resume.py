@@ -255,6 +255,16 @@ def test_statistics_that_an_earlier_phase_moved_outlive_the_cache(finished: Any,
     assert all(torch.equal(again[name], tensor) for name, tensor in exported.items())
 
 
+def test_a_full_checkpoint_of_a_cached_run_holds_the_models_state_and_no_more(finished: Any, tmp_path: Path) -> None:
+    _, _, config = finished
+    train_ = {**config["train"], "epochs": 2}
+    changed = {**config, "cache": "on", "train": train_, "checkpoint": {"full": True}}
+    path = write_config(tmp_path / "job.yaml", changed, name="job", output=str(tmp_path))
+    assert train(load_spec(str(path))).status == "finished"
+    expected = load_file(finished[1] / "model" / "model.safetensors")
+    assert set(load_file(tmp_path / "job" / "model" / "model.safetensors")) == set(expected)
+
+
 def test_verify_on_the_command_line(again: tuple[Path, Train]) -> None:
     run, _ = again
     newest = checkpoint_folders(run)[0]
