@@ -6,7 +6,7 @@ no model family needs code of its own, and `build` proves the result on real row
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,9 @@ def find_cut(model: nn.Module, inputs: Inputs) -> Cut:
     """
     calls = _trace(model, inputs)
     modules = dict(model.named_modules())
-    owners = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
-    first = min((call.started for call in calls if call.module in owners), default=0)
+    starts = {call.module: call.started for call in sorted(calls, key=lambda call: -call.started)}
+    trainable = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    first = min((_first_use(name, starts) for name in trainable), default=0)
     done = [call for call in calls if call.ended < first and _is_fixed(modules[call.module])]
     usable = [call for call in done if _single_tensor(call.output) is not None]
     if not any(_has_state(modules[call.module]) for call in done) or not usable:
@@ -244,6 +245,15 @@ def _trace(model: nn.Module, inputs: Inputs) -> list[_Call]:
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _first_use(parameter: str, starts: Mapping[str, int]) -> int:
+    """When the innermost module around a parameter that is called starts first; 0 where only the model itself is. Not
+    all that own parameters are called: attention hands those of its `out_proj` to a function."""
+    owner = parameter.rpartition(".")[0]
+    while owner and owner not in starts:
+        owner = owner.rpartition(".")[0]
+    return starts.get(owner, 0)
 
 
 def _is_fixed(module: nn.Module) -> bool:

@@ -143,6 +143,31 @@ def test_no_cut_where_something_trains_below(rules: dict[str, object]) -> None:
         find_cut(model, inputs)
 
 
+def test_the_cut_lies_below_parameters_whose_own_module_is_never_called() -> None:
+    """torch's attention hands the weights of `out_proj` to a function, and a model may use parameters of its own."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4), requires_grad=False)
+            self.stem, self.attention = nn.Linear(4, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+            self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x * self.scale)
+            return self.head(self.norm(self.attention(x, x, x)[0]).mean(1))
+
+    model, inputs = Attention(), torch.randn(3, 5, 4)
+    for part in (model.stem, model.attention, model.norm):
+        part.requires_grad_(False).eval()
+    assert find_cut(model, inputs).at.path == "norm"
+    model.attention.out_proj.requires_grad_()
+    assert find_cut(model, inputs).at.path == "stem"
+    model.scale.requires_grad_()
+    with pytest.raises(NoCut, match="no frozen part lies below"):
+        find_cut(model, inputs)
+
+
 def test_no_cut_inside_a_block_that_runs_twice() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
