@@ -48,22 +48,31 @@ class WandbRun:
             )
 
 
-def start_wandb(track: TrackSpec, folder: Path, name: str, config: dict[str, Any]) -> WandbRun | None:
-    """The W&B run of a run folder: the same id at every start; offline where not logged in. None for `wandb: off`.
+def require_login(track: TrackSpec) -> None:
+    """Raises UserError for `wandb: online` without a login."""
+    if track.wandb == "online" and not _has_login():
+        raise UserError("track.wandb: online needs a login: run `wandb login`, or set WANDB_API_KEY; or use offline")
 
-    Raises UserError for `online` without a login.
-    """
+
+def _has_login() -> bool:
+    """Whether there is a key. The server is not asked: a compute node may have no way to it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import wandb
+
+    return bool(wandb.login(prompt=False, verify=False))
+
+
+def start_wandb(track: TrackSpec, folder: Path, name: str, config: dict[str, Any]) -> WandbRun | None:
+    """The W&B run of a run folder: the same id at every start; offline where not logged in. None for `wandb: off`."""
     if track.wandb == "off":
         return None
+    wanted = os.environ.get("WANDB_MODE") if track.wandb == "auto" else track.wandb
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    logged_in = bool(os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False))
-    if track.wandb == "online" and not logged_in:
-        raise UserError("track.wandb: online needs a login: run `wandb login`, or set WANDB_API_KEY; or use offline")
-    mode: Literal["online", "offline"] = "online" if logged_in else "offline"
-    if track.wandb == "offline" or (track.wandb == "auto" and os.environ.get("WANDB_MODE") == "offline"):
-        mode = "offline"
+    is_online = wanted != "offline" and _has_login()
+    mode: Literal["online", "offline"] = "online" if is_online else "offline"
     saved = folder / ID_FILE
     run_id = json.loads(saved.read_text())["id"] if saved.exists() else secrets.token_hex(4)
     saved.write_text(json.dumps({"id": run_id}))
@@ -81,4 +90,5 @@ def start_wandb(track: TrackSpec, folder: Path, name: str, config: dict[str, Any
         return WandbRun(wandb.init(mode=mode, settings=settings, **common), mode)
     except Exception as error:  # no server, no network, a refused key: the run itself must go on
         logger.warning("W&B: %s; going on offline", error)
+        wandb.teardown()  # its process keeps the id of the run that failed
         return WandbRun(wandb.init(mode="offline", settings=settings, **common), "offline")

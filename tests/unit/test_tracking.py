@@ -1,0 +1,42 @@
+"""W&B where its server can't be reached or is not wanted: no run fails by it, and its id stays."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import wandb
+
+from dist_finetune import tracking
+from dist_finetune.spec import TrackSpec
+from dist_finetune.tracking import start_wandb
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Nobody is logged in, and nobody listens where the server should be."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT_S", 2)
+    wandb.teardown()  # it remembers its settings
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.parametrize("login", ["variable", "file"])
+def test_a_server_that_can_not_be_reached_leaves_the_run_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, login: str
+) -> None:
+    if login == "variable":
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    else:
+        (tmp_path / "netrc").write_text(f"machine localhost:9 login user password {'a' * 40}", encoding="utf-8")
+        (tmp_path / "netrc").chmod(0o600)
+    run = start_wandb(TrackSpec(), tmp_path, "run", {})
+    assert run
+    assert run.mode == "offline"
+    run.finish({}, exit_code=0)
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert folder.name.endswith(json.loads((tmp_path / tracking.ID_FILE).read_text(encoding="utf-8"))["id"])
