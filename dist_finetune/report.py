@@ -5,6 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -12,8 +13,9 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dist_finetune.spec import Spec
-from dist_finetune.tracking import WandbRun, start_wandb
+from dist_finetune.errors import UserError
+from dist_finetune.spec import Spec, TrackSpec
+from dist_finetune.tracking import WandbRun, require_login, start_wandb
 
 PLAIN_LINE_EVERY_S = 5.0  # between two progress lines where the output is no terminal
 
@@ -146,16 +148,19 @@ class Reporter:
         self.finish({}, 0 if error is None else 1)
 
 
+def require_trackers(track: TrackSpec) -> None:
+    """Raises UserError where a tracker that `track` asks for can't be had here, before anything is loaded."""
+    require_login(track)
+    if track.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("track.tensorboard: needs the package tensorboard: pip install tensorboard")
+
+
 class TensorBoard:
     """TensorBoard event files in <run>/tensorboard."""
 
     def __init__(self, folder: Path) -> None:
-        from dist_finetune.errors import UserError
+        from torch.utils.tensorboard import SummaryWriter
 
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("track.tensorboard: needs the package tensorboard: pip install tensorboard") from None
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

@@ -14,7 +14,7 @@ from dist_finetune.models.sources import load_tokenizer
 from dist_finetune.plan import Plan, plan_run, with_micro_batch
 from dist_finetune.plan_text import plan_lines, plan_notes
 from dist_finetune.proof import verify_frozen
-from dist_finetune.report import Reporter
+from dist_finetune.report import Reporter, require_trackers
 from dist_finetune.run_folder import Changes, check_run_folder, folder_of, start_run_folder
 from dist_finetune.signals import StopSignals
 from dist_finetune.spec import Spec
@@ -63,7 +63,7 @@ def _train(spec: Spec, fresh: bool, world: World, report: Reporter, signals: Sto
     on_first(world, lambda: start_run_folder(spec, fresh, progress.step, progress.evaluated))
     report.open_files(job.folder)
     on_first(world, lambda: write_start(job, provenance, stage, progress))
-    report.open_trackers(spec, job.folder, plan.to_json())
+    on_first(world, lambda: report.open_trackers(spec, job.folder, plan.to_json()))
     report.start_progress(plan.total_steps)
     saver = Saver(job, provenance, progress)
     stop = StopWish(world, signals, job.folder, spec.launch.time_limit, started_s, saver.every_s)
@@ -85,6 +85,7 @@ def _train(spec: Spec, fresh: bool, world: World, report: Reporter, signals: Sto
 def _prepare(spec: Spec, world: World, report: Reporter, signals: StopSignals) -> Job:
     """Everything that needs no weights: data, plan, agreement of ranks and launcher with it, encoded rows."""
     require_same_versions()
+    on_first(world, lambda: require_trackers(spec.track))
     report.say(f"reading {', '.join(spec.data.train)}")
     tables = together(lambda: read_tables(spec.data, spec.train.seed, task=spec.label_task))
     topology = job_topology(world)

@@ -25,7 +25,7 @@ from dist_finetune.features.minibatch import fit_minibatch
 from dist_finetune.features.results import HeadResult, head_result, render_results
 from dist_finetune.features.room import available_bytes, fits
 from dist_finetune.html_report.at_end import write_page
-from dist_finetune.report import Reporter
+from dist_finetune.report import Reporter, require_trackers
 from dist_finetune.run_folder import Changes, check_run_folder, folder_of, resume_command, start_run_folder, write_json
 from dist_finetune.signals import StopSignals
 from dist_finetune.spec import Spec
@@ -58,6 +58,7 @@ def compare_heads(spec: Spec, fresh: bool = False, changes: Changes = "none") ->
 
 def _run(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: float) -> FeatureSummary:
     folder = folder_of(spec)
+    on_first(world, lambda: require_trackers(spec.track))
     report.say(f"reading {', '.join(spec.data.train)}")
     tables = together(lambda: class_tables(spec, "task: features"))
     report.notes(tables.notes)
@@ -67,7 +68,7 @@ def _run(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: flo
     on_first(world, lambda: start_run_folder(spec, fresh, 0, True))
     on_first(world, lambda: write_start_files(job))
     report.open_files(folder)
-    report.open_trackers(spec, folder, spec.model_dump(mode="json", by_alias=True))
+    on_first(world, lambda: report.open_trackers(spec, folder, spec.model_dump(mode="json", by_alias=True)))
     cost = _extract(job, started_s)
     report.say(f"{cost.num_rows:,} rows extracted, {cost.samples_per_s:.1f} a second, in {job.store.folder}")
     found = fit_heads(job, kinds)

@@ -127,6 +127,7 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "contradiction": (
         setting("shard", strategy="zero2", deepspeed={"train_batch_size": 7}), ["shard.deepspeed.train_batch_size", "7"]
     ),
+    "no login": (setting("track", wandb="online"), ["track.wandb: online needs a login", "WANDB_API_KEY"]),
     "deepspeed with ddp": (
         setting("shard", strategy="ddp", deepspeed={"prescale_gradients": True}), ["shard.deepspeed", "no effect"]
     ),
@@ -139,6 +140,8 @@ def test_refused_in_words(
 ) -> None:
     change, words = CASES[case]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.chdir(tmp_path)
     config = material.text()
     change(config, tmp_path)
