@@ -246,14 +246,14 @@ def hub_finding() -> Finding:
 def wandb_finding(spec: Spec | None) -> Finding:
     """Whether W&B has a login here. The key itself is neither read further nor shown."""
     wanted = spec.track.wandb if spec else "auto"
-    if wanted == "off":
-        return Finding("ok", "W&B", "off (track.wandb)")
-    mode = os.environ.get("WANDB_MODE")
+    mode = os.environ.get("WANDB_MODE") if wanted == "auto" else None
+    if wanted == "off" or mode == "disabled":
+        return Finding("ok", "W&B", f"off ({'WANDB_MODE' if mode else 'track.wandb'})")
     has_login = bool(os.environ.get("WANDB_API_KEY")) or _netrc_login()
     if wanted == "online" and not has_login:
         return Finding("fail", "W&B", "track.wandb is online, but there is no login", "run `wandb login` once")
-    if mode in ("offline", "disabled") or wanted == "offline":
-        return Finding("ok", "W&B", f"{mode or 'offline'}; upload later with `wandb sync`")
+    if "offline" in (mode, wanted):
+        return Finding("ok", "W&B", "offline; upload later with `wandb sync`")
     if not has_login:
         return Finding(
             "warn", "W&B", "no login, so the run stays offline", "run `wandb login` once, or track.wandb=offline"

@@ -64,10 +64,11 @@ def _has_login() -> bool:
 
 
 def start_wandb(track: TrackSpec, folder: Path, name: str, config: dict[str, Any]) -> WandbRun | None:
-    """The W&B run of a run folder: the same id at every start; offline where not logged in. None for `wandb: off`."""
-    if track.wandb == "off":
-        return None
+    """The W&B run of a run folder: the same id at every start; offline where not logged in. None for `wandb: off`, and
+    for `auto` where WANDB_MODE is disabled."""
     wanted = os.environ.get("WANDB_MODE") if track.wandb == "auto" else track.wandb
+    if wanted in ("off", "disabled"):
+        return None
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 

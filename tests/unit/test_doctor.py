@@ -261,6 +261,9 @@ def test_hub_and_wandb_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert wandb_finding(spec(track={"wandb": "online"})).state == "fail"
     assert wandb_finding(spec(track={"wandb": "off"})).state == "ok"
     assert wandb_finding(None).state == "warn"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_finding(None) == Finding("ok", "W&B", "off (WANDB_MODE)")
+    monkeypatch.delenv("WANDB_MODE")
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123456789\n")
     assert wandb_finding(spec(track={"wandb": "online"})) == Finding("ok", "W&B", "logged in")
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -40,3 +40,9 @@ def test_a_server_that_can_not_be_reached_leaves_the_run_offline(
     run.finish({}, exit_code=0)
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert folder.name.endswith(json.loads((tmp_path / tracking.ID_FILE).read_text(encoding="utf-8"))["id"])
+
+
+def test_auto_leaves_wandb_off_where_its_own_variable_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert start_wandb(TrackSpec(), tmp_path, "run", {}) is None
+    assert list(tmp_path.iterdir()) == []
