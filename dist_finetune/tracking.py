@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dist_finetune.errors import UserError
+from dist_finetune.run_folder import write_json
 from dist_finetune.spec import TrackSpec
 
 INIT_TIMEOUT_S = 30
@@ -75,8 +76,9 @@ def start_wandb(track: TrackSpec, folder: Path, name: str, config: dict[str, Any
     is_online = wanted != "offline" and _has_login()
     mode: Literal["online", "offline"] = "online" if is_online else "offline"
     saved = folder / ID_FILE
-    run_id = json.loads(saved.read_text())["id"] if saved.exists() else secrets.token_hex(4)
-    saved.write_text(json.dumps({"id": run_id}))
+    if not saved.exists():
+        write_json(saved, {"id": secrets.token_hex(4)})
+    run_id = json.loads(saved.read_text(encoding="utf-8"))["id"]
     common: dict[str, Any] = {
         "project": track.project,
         "entity": track.entity,
