@@ -59,9 +59,17 @@ def _has_login() -> bool:
     """Whether there is a key. The server is not asked: a compute node may have no way to it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    import wandb
+    wandb = _wandb()
 
     return bool(wandb.login(prompt=False, verify=False))
+
+
+def _wandb() -> Any:
+    """The client, which says nothing by itself."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    return wandb
 
 
 def start_wandb(track: TrackSpec, folder: Path, name: str, config: dict[str, Any]) -> WandbRun | None:
@@ -70,9 +78,7 @@ def start_wandb(track: TrackSpec, folder: Path, name: str, config: dict[str, Any
     wanted = os.environ.get("WANDB_MODE") if track.wandb == "auto" else track.wandb
     if wanted in ("off", "disabled"):
         return None
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
+    wandb = _wandb()
     is_online = wanted != "offline" and _has_login()
     mode: Literal["online", "offline"] = "online" if is_online else "offline"
     saved = folder / ID_FILE
