@@ -79,7 +79,7 @@ class TokenStore:
                 kept = _read(folder)
                 touch(folder)
                 return kept
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, EOFError, ValueError, KeyError, TypeError):
                 shutil.rmtree(folder, ignore_errors=True)  # damaged
         encoded = encode()
         with contextlib.suppress(OSError):  # no room or no permission: the next run encodes again

@@ -107,7 +107,7 @@ def test_what_a_call_cuts_or_pads_to_is_no_other_tokenizer(planned: tuple[Plan, 
         assert tokenizer_digest(BertTokenizerFast.from_pretrained(planned[0].card.location, **other)) != before
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "garbled"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "garbled"])
 def test_damaged_tokens_are_made_anew(
     planned: tuple[Plan, Tables, BertTokenizerFast], tmp_path: Path, damage: str
 ) -> None:
@@ -116,6 +116,8 @@ def test_damaged_tokens_are_made_anew(
     (file,) = tmp_path.glob("tokens-*/input_ids.npy")
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:500])
+    elif damage == "empty":
+        file.write_bytes(b"")
     elif damage == "gone":
         file.unlink()
     else:
