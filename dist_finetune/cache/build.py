@@ -80,7 +80,7 @@ def cache_splits(
             _require_worth(job, phase, model, cut, entry)
         is_reused = fill_once(job, model, cut, entry)
     together(lambda: require_seen(entry.folder / META))
-    cached = {name: _rows(job, entry.folder, name, layouts[name]) for name in job.splits}
+    cached = together(lambda: _open(job, entry))
     on_first(job.world, lambda: touch(entry.folder))
     _agreeing_tail(job, model, cut, lambda: cached["train"].first_batch(PROBE_ROWS)["inputs"])
     what = "reused" if is_reused else f"built in {time.perf_counter() - started:.1f} s"
@@ -131,6 +131,14 @@ def _require_worth(job: Job, phase: PhasePlan, model: nn.Module, cut: Cut, entry
         little = f"{worth.saved_s:.2g} s is all that it would spare: " if worth.saved_s < SAVED_S else ""
         raise NotWorth(f"it would not pay: {little}{worth.reason} (cache: on keeps it all the same)")
     job.report.say(f"cache: {worth.reason}")
+
+
+def _open(job: Job, entry: Entry) -> dict[str, Rows]:
+    """The rows of each split. Raises NoCut where the entry is damaged, as by a disk that lost power."""
+    try:
+        return {name: _rows(job, entry.folder, name, layout) for name, layout in entry.layouts.items()}
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise NoCut(f"{entry.folder} is damaged ({_first_line(error)}); delete it to have it filled anew") from None
 
 
 def _rows(job: Job, folder: Path, name: str, layout: Layout) -> Rows:

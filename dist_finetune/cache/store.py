@@ -70,19 +70,23 @@ class Layout:
 
 
 class StoredRows:
-    """Read access to one split. Row i is (length, *piece_shape), or `piece_shape` where rows have no length."""
+    """Read access to one split. Row i is (length, *piece_shape), or `piece_shape` where rows have no length.
+
+    Raises OSError or ValueError where a file is not there, or too short.
+    """
 
     def __init__(self, folder: Path, split: str, layout: Layout) -> None:
         self._layout = layout
         self._starts = layout.starts()
         self._ends = self._starts + layout.row_elements
         dtype = NUMPY_TYPES[layout.dtype]
+        sizes = [layout.shard_elements(shard) for shard in range(layout.num_shards)]
         self._shards = [
             # a plain array over the map: a slice of numpy's own memmap type takes three times as long
-            np.memmap(shard_path(folder, split, shard), dtype, "r").view(np.ndarray)
-            if layout.shard_elements(shard)
+            np.memmap(shard_path(folder, split, shard), dtype, "r", shape=(size,)).view(np.ndarray)
+            if size
             else np.empty(0, dtype)
-            for shard in range(layout.num_shards)
+            for shard, size in enumerate(sizes)
         ]
 
     def read_into(self, index: int, out: NDArray[np.float32]) -> None:

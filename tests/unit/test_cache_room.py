@@ -1,4 +1,4 @@
-"""A cache whose fill has no room on a device: the run goes on without, as it would with `cache: off`."""
+"""A cache that can't be filled or read: the run goes on without, as it would with `cache: off`."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from harness import write_config
 from material import Material, write_material
 
 from dist_finetune.cache import fill
+from dist_finetune.cache.entries import META, list_entries
 from dist_finetune.plan import Plan
 from dist_finetune.run import train
 from dist_finetune.spec_file import load_spec
@@ -20,9 +21,10 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 
 
 def log_of(material: Material, folder: Path) -> str:
+    """Trains two steps from the first on, and returns what the run said."""
     changes: dict[str, Any] = {"train": {"max_steps": 2}, "shard": {"strategy": "ddp"}, "cache": "on"}
     path = write_config(folder / "job.yaml", material.text(**changes), name="job", output=str(folder))
-    assert train(load_spec(str(path))).steps == 2
+    assert train(load_spec(str(path)), fresh=True).steps == 2
     return (folder / "job" / "log.txt").read_text(encoding="utf-8")
 
 
@@ -44,3 +46,19 @@ def test_a_fill_that_runs_out_of_memory_ends_the_fill_alone(
     monkeypatch.setattr(fill, "prefix_of", prefix_of)
     said = log_of(material, tmp_path)
     assert "note: no cache: filling it runs out of a GPU's memory; train.eval_batch_size has its rows" in said
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "garbled"])
+def test_an_entry_that_is_damaged_is_left_alone_and_named(material: Material, tmp_path: Path, damage: str) -> None:
+    log_of(material, tmp_path)
+    (entry,) = list_entries(tmp_path / ".cache")
+    file, shards, meta = (tmp_path / ".cache" / entry.key / n for n in ("train-00000.bin", "train.shards.npy", META))
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-4])
+    elif damage == "empty":
+        shards.write_bytes(b"")
+    elif damage == "gone":
+        file.unlink()
+    else:
+        meta.write_text('{"source": "x"}', encoding="utf-8")
+    assert f"note: no cache: {tmp_path / '.cache' / entry.key} is damaged (" in log_of(material, tmp_path)
