@@ -138,10 +138,14 @@ def _fill_entry(job: Job, model: nn.Module, cut: Cut, entry: Entry, turn: Turn |
     def publish() -> None:
         if turn is None or turn.is_lost:
             raise LostTurn(str(entry.folder))
-        shapes = {name: write_layout(part, name, layout) for name, layout in entry.layouts.items()}
-        told = {"source": job.plan.card.name, "made_from": entry.source, "splits": shapes, "seconds": seconds}
-        write_json(part / META, told)
-        part.rename(entry.folder)
+        try:
+            shapes = {name: write_layout(part, name, layout) for name, layout in entry.layouts.items()}
+            told = {"source": job.plan.card.name, "made_from": entry.source, "splits": shapes, "seconds": seconds}
+            write_json(part / META, told)
+            shutil.rmtree(entry.folder, ignore_errors=True)  # the rest of one whose eviction was cut off
+            part.rename(entry.folder)
+        except OSError as error:
+            raise NoCut(f"{entry.folder} can't be written: {error.strerror or error}") from None
 
     model.to(memory_format=torch.channels_last)  # only until it is sharded: ZeRO lays weights end to end
     try:

@@ -130,7 +130,7 @@ class ShardWriter:
             self._path.touch()
         else:
             self._file.flush()
-        with contextlib.suppress(FileNotFoundError):  # another job has built the same and was faster
+        with contextlib.suppress(OSError):  # another job has built the same and was faster, or the disk is full
             write_json(self._note, {"rows": num_rows})
 
 

@@ -1,5 +1,6 @@
 """A cache that can't be filled or read: the run goes on without, as it would with `cache: off`."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,23 @@ def test_an_entry_that_is_damaged_is_left_alone_and_named(material: Material, tm
     else:
         meta.write_text('{"source": "x"}', encoding="utf-8")
     assert f"note: no cache: {tmp_path / '.cache' / entry.key} is damaged (" in log_of(material, tmp_path)
+
+
+def test_what_is_left_of_an_entry_that_was_being_evicted_is_in_nobodys_way(material: Material, tmp_path: Path) -> None:
+    log_of(material, tmp_path)
+    (entry,) = list_entries(tmp_path / ".cache")
+    (tmp_path / ".cache" / entry.key / META).unlink()
+    assert "cache built" in log_of(material, tmp_path)
+    assert [found.key for found in list_entries(tmp_path / ".cache")] == [entry.key]
+
+
+def test_a_disk_that_is_full_at_the_end_of_a_fill_leaves_the_run_without_a_cache(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_layout(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fill, "write_layout", write_layout)
+    said = log_of(material, tmp_path)
+    assert "can't be written: No space left on device" in said
+    assert "cache built" not in said
