@@ -66,15 +66,20 @@ def check_run_folder(spec: Spec, fresh: bool, changes: Changes) -> Literal["new"
     """What the run's folder holds already. Writes nothing.
 
     Raises UserError where it holds a run of another config (beyond what `changes` lets differ), with the difference and
-    the ways out.
+    the ways out, or something else: only a run is kept aside by `fresh`.
     """
     folder = folder_of(spec)
     config = folder / "config.yaml"
-    if fresh or not folder.exists():
-        return "new"
-    if not config.exists():
-        if any(p.name not in (LOGS, JOB_SCRIPT) for p in folder.iterdir()):
-            raise UserError(f"{folder} exists and is no run of this tool; choose another name=... or output=...")
+    try:
+        if not folder.exists():
+            return "new"
+        # hidden files are left by a start that was killed, and by desktops
+        held = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}; choose another name=... or output=...") from None
+    if config.name not in held and set(held) - {LOGS, JOB_SCRIPT}:
+        raise UserError(f"{folder} exists and is no run of this tool; choose another name=... or output=...")
+    if fresh or config.name not in held:
         return "new"
     longer = refuse_other_config(config, spec, changes)
     return "finished" if read_summary(folder).get("status") == "finished" and not longer else "unfinished"

@@ -17,6 +17,7 @@ from dist_finetune.checkpoint.layout import checkpoint_folders
 from dist_finetune.cli import app
 from dist_finetune.errors import UserError
 from dist_finetune.run import train
+from dist_finetune.run_folder import check_run_folder
 from dist_finetune.spec_file import load_spec
 from dist_finetune.summary import Summary
 
@@ -263,6 +264,23 @@ def test_a_full_checkpoint_of_a_cached_run_holds_the_models_state_and_no_more(fi
     assert train(load_spec(str(path))).status == "finished"
     expected = load_file(finished[1] / "model" / "model.safetensors")
     assert set(load_file(tmp_path / "job" / "model" / "model.safetensors")) == set(expected)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, fresh: bool) -> None:
+    parts = {"model": {"name": "demo:minilm"}, "data": {"train": "x.csv"}}
+    spec = load_spec({**parts, "name": "job", "output": str(tmp_path)})
+    run = tmp_path / "job"
+    run.write_text("a file")
+    with pytest.raises(UserError, match="job: Not a directory; choose another name"):
+        check_run_folder(spec, fresh, "none")
+    run.unlink()
+    run.mkdir()
+    (run / ".config.yaml.17").write_text("what a start left that was killed")
+    assert check_run_folder(spec, fresh, "none") == "new"
+    (run / "metrics.jsonl").write_text("of another tool")
+    with pytest.raises(UserError, match="job exists and is no run of this tool; choose another name"):
+        check_run_folder(spec, fresh, "none")
 
 
 def test_verify_on_the_command_line(again: tuple[Path, Train]) -> None:
