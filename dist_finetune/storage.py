@@ -24,8 +24,9 @@ CHECKPOINTS = "checkpoints"
 FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def pull(url: str, folder: Path) -> int:
+def pull(url: str, folder: Path, sent: dict[str, tuple[int, int]] | None = None) -> int:
     """Copies the files of `url` that `folder` lacks, and returns their number. Checkpoints without manifest stay out.
+    Notes them in `sent`: the storage has them.
 
     Raises UserError where the storage can't be read.
     """
@@ -41,6 +42,9 @@ def pull(url: str, folder: Path) -> int:
         for name in sorted(missing, key=_manifest_last):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             files.get_file(f"{root}/{name}", str(folder / name))
+            state = _state(folder / name)
+            if sent is not None and state:
+                sent[name] = state
     return len(missing)
 
 
@@ -50,7 +54,9 @@ def push(url: str, folder: Path, sent: dict[str, tuple[int, int]]) -> int:
     A checkpoint goes out once it is complete, its manifest last: storage never holds half a one that looks whole.
     """
     files, root = _open(url)
-    present = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    found = {p.relative_to(folder): p for p in folder.rglob("*") if p.is_file()}
+    # hidden are files that are being written, and checkpoints that are, or are being deleted
+    present = {str(name): p for name, p in found.items() if not any(part.startswith(".") for part in name.parts)}
     complete = {name.rpartition("/")[0] for name in present if name.endswith(f"/{MANIFEST}")}
     count = 0
     with _worded(url):
@@ -150,9 +156,9 @@ def keep(url: str, folder: Path, command: Sequence[str], push_every_s: float = P
     Raises UserError, before `command` starts, where the storage can't be written.
     """
     probe(url)
-    pull(url, folder)
-    folder.mkdir(parents=True, exist_ok=True)
     sent: dict[str, tuple[int, int]] = {}
+    pull(url, folder, sent)
+    folder.mkdir(parents=True, exist_ok=True)
     ended = threading.Event()
 
     def follow() -> None:

@@ -318,9 +318,18 @@ def test_a_run_folder_survives_its_machine(tmp_path: Path) -> None:
         "config.yaml",
     ], "half a checkpoint stays here"
     assert push(url, first, sent) == 0
-    assert pull(url, second) == 3
+    pulled: dict[str, tuple[int, int]] = {}
+    assert pull(url, second, pulled) == 3
     assert pull(url, second) == 0
+    assert push(url, second, pulled) == 0, "what came from the storage is not sent back"
     assert (second / "checkpoints/step-000001/rank-00000.safetensors").read_bytes() == b"x"
+
+
+def test_a_checkpoint_without_its_name_stays_here(tmp_path: Path) -> None:
+    """It is complete for a moment before it gets it, and again while it is deleted."""
+    checkpoint(tmp_path / "run", 1)
+    (tmp_path / "run/checkpoints/step-000001").rename(tmp_path / "run/checkpoints/.step-000001.old")
+    assert push(f"file://{tmp_path}/bucket", tmp_path / "run", {}) == 0
 
 
 def test_checkpoints_that_were_rotated_away_leave_the_storage(tmp_path: Path) -> None:
