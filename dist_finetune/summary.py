@@ -1,5 +1,6 @@
 """What a run says about itself: plan, freeze, environment and attempt at the start, summary.json at the end."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -146,9 +147,11 @@ def write_end(folder: Path | None, error: Exception, world: World) -> None:
         tell_job_script(status)
     if world.is_first and folder and (folder / "plan.json").exists() and read_summary(folder).get("status") is None:
         when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        write_json(
-            folder / "summary.json", {"status": status, "message": f"{type(error).__name__}: {error}", "time": when}
-        )
+        told = {"status": status, "message": f"{type(error).__name__}: {error}", "time": when}
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk must not hide what ended the run
+            write_json(folder / "summary.json", told)
 
 
 def end_early(folder: Path, found: str | None, error: Exception, world: World, report: Reporter) -> None:

@@ -20,6 +20,7 @@ from dist_finetune.checkpoint.verify import verify_path
 from dist_finetune.checkpoint.write import CheckpointWriter, snapshot_share
 from dist_finetune.errors import TrainingError, UserError
 from dist_finetune.spec import LaunchSpec
+from dist_finetune.summary import write_end
 from dist_finetune.world import World, join_world
 
 REPOSITORY = Path(__file__).parents[2]
@@ -173,6 +174,7 @@ from pathlib import Path
 import torch
 from dist_finetune.checkpoint.write import CheckpointWriter
 from dist_finetune.spec import LaunchSpec
+from dist_finetune.summary import write_end
 from dist_finetune.world import join_world
 
 torch.set_num_threads(1)
@@ -335,3 +337,10 @@ def test_pieces_of_any_cut_make_one_tensor(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.names("weight") == ["a.b"]
     assert torch.equal(checkpoint.read("weight", "a.b"), whole)
+
+
+def test_a_full_disk_does_not_hide_what_ended_a_run(tmp_path: Path, world: World) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    (tmp_path / f".summary.json.{os.getpid()}").mkdir()  # so that writing fails
+    write_end(tmp_path, TrainingError("checkpoint not saved: no space"), world)
+    assert not (tmp_path / "summary.json").exists()
