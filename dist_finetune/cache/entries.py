@@ -75,7 +75,7 @@ def make_room(root: Path, needed: int, quota: int) -> None:
         told = f"{needed / mib:,.0f} MiB are more than cache.quota, which is {quota / mib:,.0f} MiB"
         raise OSError(errno.EDQUOT, told)
     for part in _own(root, OWN_LEFTOVER):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it has just gone, or is another user's
             if time.time() - part.stat().st_mtime > GIVEN_UP_S:
                 _delete(part)
     entries = list_entries(root)

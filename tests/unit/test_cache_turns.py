@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_finetune.cache import turns
+from dist_finetune.cache.entries import make_room
 from dist_finetune.cache.turns import Queue, Turn
 
 
@@ -31,6 +32,25 @@ def test_one_of_many_gets_the_turn_and_the_next_after_it_gave_up(tmp_path: Path)
     assert last
     last.end(is_done=True)
     assert files(tmp_path) == []
+
+
+def test_files_of_another_user_are_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder with the sticky bit only their owner can remove them."""
+    (tmp_path / f".{'a' * 20}.turn-0").write_text(turns.GIVEN_UP)
+    os.utime(tmp_path / f".{'a' * 20}.turn-0", (0, 0))
+    turn = Queue(tmp_path / ("a" * 20)).take()
+    assert turn
+    unlink = Path.unlink
+
+    def theirs(path: Path, missing_ok: bool = False) -> None:
+        if path.name.endswith("turn-0"):
+            raise PermissionError("Operation not permitted")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", theirs)
+    turn.end(is_done=True)
+    make_room(tmp_path, 1, 2)
+    assert files(tmp_path) == [f".{'a' * 20}.turn-0"]
 
 
 def test_the_turn_of_a_process_that_was_killed_is_free_at_once(tmp_path: Path) -> None:
