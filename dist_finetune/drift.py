@@ -61,9 +61,10 @@ def _compare(step: int, tensors: dict[str, torch.Tensor]) -> None:
 
 def whole_tensors(engine: Engine) -> dict[str, torch.Tensor]:
     """Parameters and saved buffers that every rank holds whole: all under ddp, those that are not cut under fsdp and
-    zero3. Shares exist once and have nothing to be compared with."""
+    zero3. Shares exist once and have nothing to be compared with, and buffers that are not saved may follow the batch,
+    as rotary tables do where texts are long."""
     found = {}
-    for name, tensor in (*engine.module.named_parameters(), *engine.module.named_buffers()):
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
         if not hasattr(tensor, "ds_id") and not hasattr(tensor, "full_tensor") and tensor.numel():
             found[name] = tensor.detach()
     return found

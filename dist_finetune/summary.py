@@ -148,9 +148,7 @@ def write_end(folder: Path | None, error: Exception, world: World) -> None:
     if world.is_first and folder and (folder / "plan.json").exists() and read_summary(folder).get("status") is None:
         when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         told = {"status": status, "message": f"{type(error).__name__}: {error}", "time": when}
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk must not hide what ended the run
+        with contextlib.suppress(OSError):  # a full disk must not hide what ended the run
             write_json(folder / "summary.json", told)
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_finetune import drift
-from dist_finetune.drift import COST_SHARE, DriftCheck
+from dist_finetune.drift import COST_SHARE, DriftCheck, whole_tensors
 from dist_finetune.world import World
 
 WORLD = World("none", 0, 0, 2, 2, torch.device("cpu"))
@@ -76,3 +76,10 @@ def test_one_process_compares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     run.check = DriftCheck(replace(WORLD, world_size=1), 1)
     run.take(5, 1.0, 0.1)
     assert run.compared == []
+
+
+def test_what_is_no_part_of_the_models_state_may_differ() -> None:
+    module = nn.BatchNorm1d(2)
+    module.register_buffer("table", torch.ones(2), persistent=False)
+    found = whole_tensors(SimpleNamespace(module=module))  # type: ignore[arg-type]
+    assert list(found) == ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
