@@ -84,10 +84,10 @@ def join_world(launch: LaunchSpec) -> Iterator[World]:
     if found.world_size == 1:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # never opened: the store lives in this process
         variables = {**variables, **{name: os.environ.get(name, value) for name, value in address.items()}}
+    if not torch.cuda.is_available():
+        variables = {**variables, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
     made_group = not dist.is_initialized()
     with _environment(variables):
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if made_group:
             store = meet(found, launch.join_timeout) if found.world_size > 1 else dist.HashStore()
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
