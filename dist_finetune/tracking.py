@@ -18,6 +18,9 @@ ID_FILE = "wandb.json"  # keeps the run's id in the run folder, so that a restar
 
 logger = logging.getLogger(__name__)
 
+is_stuck = False
+"""True once a run was left unfinished: the client would wait for it again, without end, where the process ends."""
+
 
 class WandbRun:
     """A W&B run that ends within a deadline; every failure after the start is a warning, never an error."""
@@ -37,13 +40,18 @@ class WandbRun:
         """Uploads what is left, for at most FINISH_TIMEOUT_S seconds; the files stay for `wandb sync` otherwise."""
 
         def close() -> None:
-            self._run.summary.update(summary)
-            self._run.finish(exit_code=exit_code)
+            try:
+                self._run.summary.update(summary)
+                self._run.finish(exit_code=exit_code)
+            except Exception as error:
+                logger.warning("W&B: %s", error or type(error).__name__)
 
+        global is_stuck
         thread = threading.Thread(target=close, daemon=True)
         thread.start()
         thread.join(FINISH_TIMEOUT_S)
         if thread.is_alive():
+            is_stuck = True
             logger.warning(
                 "W&B: not finished after %s s; upload the rest with: wandb sync %s", FINISH_TIMEOUT_S, self._run.dir
             )

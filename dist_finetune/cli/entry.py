@@ -41,12 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def leave_at_once(code: object) -> None:
     """Ends a rank of several whose work is done. Threads of torch, DeepSpeed and gloo now and then abort ("terminate
-    called without an active exception") or hang while the interpreter takes itself apart, and hold the job."""
+    called without an active exception") or hang while the interpreter takes itself apart, and hold the job. So does a
+    W&B client that could not finish, also where there is one rank."""
     try:
         is_one_of_several = world_from_environment(os.environ).world_size > 1
     except UserError:
         return  # which has been said
-    if is_one_of_several and "torch" in sys.modules and isinstance(code, int | None):
+    is_stuck = getattr(sys.modules.get("dist_finetune.tracking"), "is_stuck", False)
+    if (is_one_of_several or is_stuck) and "torch" in sys.modules and isinstance(code, int | None):
         sys.stdout.flush()
         sys.stderr.flush()
         logging.shutdown()

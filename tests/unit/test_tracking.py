@@ -1,6 +1,10 @@
 """W&B where its server can't be reached or is not wanted: no run fails by it, and its id stays."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,3 +50,31 @@ def test_auto_leaves_wandb_off_where_its_own_variable_does(tmp_path: Path, monke
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert start_wandb(TrackSpec(), tmp_path, "run", {}) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_client_that_hangs_does_not_hold_the_process(tmp_path: Path) -> None:
+    """The client's own process is stopped, as one that waits for its server might be."""
+    program = """if True:
+        import json, pathlib, psutil, signal, sys, torch
+        from dist_finetune import tracking
+        from dist_finetune.cli.entry import leave_at_once
+        from dist_finetune.spec import TrackSpec
+        folder, tracking.FINISH_TIMEOUT_S = pathlib.Path(sys.argv[1]), 1
+        run = tracking.start_wandb(TrackSpec(wandb="offline"), folder, "run", {})
+        clients = psutil.Process().children(recursive=True)
+        (folder / "clients").write_text(json.dumps([client.pid for client in clients]))
+        for client in clients:
+            client.send_signal(signal.SIGSTOP)
+        run.finish({}, exit_code=0)
+        leave_at_once(3)
+    """
+    said = tmp_path / "said"  # no pipe, which the client would hold open
+    try:
+        with said.open("w", encoding="utf-8") as out:
+            command = [sys.executable, "-c", program, str(tmp_path)]
+            done = subprocess.run(command, check=False, timeout=60, stdout=out, stderr=out)
+    finally:
+        for pid in json.loads((tmp_path / "clients").read_text(encoding="utf-8")):
+            os.kill(pid, signal.SIGKILL)
+    assert done.returncode == 3
+    assert "Traceback" not in said.read_text(encoding="utf-8")
