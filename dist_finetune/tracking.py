@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import secrets
+import shlex
 import threading
 from pathlib import Path
 from typing import Any, Literal
@@ -52,8 +53,9 @@ class WandbRun:
         thread.join(FINISH_TIMEOUT_S)
         if thread.is_alive():
             is_stuck = True
+            folder = shlex.quote(str(Path(self._run.dir).parent))
             logger.warning(
-                "W&B: not finished after %s s; upload the rest with: wandb sync %s", FINISH_TIMEOUT_S, self._run.dir
+                "W&B: not finished after %s s; upload the rest with: wandb sync %s", FINISH_TIMEOUT_S, folder
             )
 
 
