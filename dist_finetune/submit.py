@@ -44,13 +44,14 @@ def submit(config: str, overrides: Sequence[str], request: Request, say: Callabl
     specs = _specs(config, overrides, request)
     prices = read_prices(Path(request.price)) if request.price else None
     plans = _plans(specs, request)
-    for plan in plans:
-        _show_plan(plan, prices, len(plans) > 1, request.fresh, say)
+    to_train = [number for number, plan in enumerate(plans) if _show_plan(plan, prices, len(plans) > 1, request, say)]
+    folder = folder_of(specs[0]).absolute() if len(specs) == 1 else folder_of(specs[0]).absolute().parent
+    if not to_train:
+        raise UserError(f"{folder} is finished; --fresh trains it again, name=... makes another run")
     if prices and len(plans) > 1:
         say("\n# all runs of the sweep, one after the other")
-        say("\n".join(cost_lines(plans, prices)))
-    folder = folder_of(specs[0]).absolute() if len(specs) == 1 else folder_of(specs[0]).absolute().parent
-    text = _text(folder, specs, plans, request)
+        say("\n".join(cost_lines([plans[number] for number in to_train], prices)))
+    text = _text(folder, specs, plans, to_train, request)
     path = folder / JOB_FILES[request.to]
     say(f"\n# {path}\n{text}")
     _show_difference(path, text, say)
@@ -61,9 +62,9 @@ def submit(config: str, overrides: Sequence[str], request: Request, say: Callabl
         raise UserError("there is no sbatch here: submit on a login node of the cluster, or look with --dry-run")
     if request.to == "slurm":
         _refuse_second_job(folder)
-    _write(folder, path, text, specs, request.fresh)
+    _write(folder, path, text, [specs[number] for number in to_train], request.fresh)
     if request.to == "slurm":
-        _submit_slurm(path, folder, len(specs) > 1, say)
+        _submit_slurm(path, folder, to_train[0] if len(specs) > 1 else None, say)
     else:
         cloud = specs[0].launch.cloud
         if not (cloud.storage or cloud.volume):
@@ -74,19 +75,25 @@ def submit(config: str, overrides: Sequence[str], request: Request, say: Callabl
 
 
 def _show_plan(
-    plan: Plan, prices: Mapping[str, GpuPrice] | None, is_one_of_many: bool, fresh: bool, say: Callable[[str], None]
-) -> None:
-    """Says what one run would do; raises where it can't."""
+    plan: Plan,
+    prices: Mapping[str, GpuPrice] | None,
+    is_one_of_many: bool,
+    request: Request,
+    say: Callable[[str], None],
+) -> bool:
+    """Says what one run would do, and returns False where it is finished; raises where it can't be done."""
     spec = plan.spec
+    is_finished = check_run_folder(spec, request.fresh, "layout") == "finished"
     if is_one_of_many:
-        say(f"\n# {spec.name}")
+        say(f"\n# {spec.name}{' is finished, and left out' if is_finished else ''}")
+    if is_finished:
+        return False
     say(plan_lines(plan))
     for line in [f"note: {note}" for note in plan_notes(plan)] + (cost_lines([plan], prices) if prices else []):
         say(line)
     if plan.misfit:
         raise PlanError(f"{spec.name}: {plan.misfit}")
-    if check_run_folder(spec, fresh, "layout") == "finished":
-        raise UserError(f"{folder_of(spec)} is finished; --fresh trains it again, name=... makes another run")
+    return True
 
 
 def _write(folder: Path, path: Path, text: str, specs: Sequence[Spec], fresh: bool) -> None:
@@ -141,9 +148,10 @@ def _topology(spec: Spec, request: Request) -> Topology:
     return Topology(request.nodes, request.gpus_per_node, "cuda", memory, is_seen=False)
 
 
-def _text(folder: Path, specs: Sequence[Spec], plans: Sequence[Plan], request: Request) -> str:
+def _text(folder: Path, specs: Sequence[Spec], plans: Sequence[Plan], to_train: Sequence[int], request: Request) -> str:
     if request.to == "slurm":
-        return render_job(slurm_job(folder, specs, plans, request, Path.cwd(), sys.executable))
+        tasks = None if len(to_train) == len(specs) else tuple(to_train)
+        return render_job(replace(slurm_job(folder, specs, plans, request, Path.cwd(), sys.executable), tasks=tasks))
     refuse_what_stays_here(request.to, specs[0], Path.cwd())
     plan = plans[0]
     job = CloudJob(
@@ -212,7 +220,8 @@ def _refuse_second_job(folder: Path) -> None:
         )
 
 
-def _submit_slurm(path: Path, folder: Path, is_array: bool, say: Callable[[str], None]) -> None:
+def _submit_slurm(path: Path, folder: Path, first_task: int | None, say: Callable[[str], None]) -> None:
+    """`first_task` is a job array's first number."""
     # Inside another job, SLURM's variables would become options of this one.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_")) or k == "SLURM_CONF"}
     try:
@@ -238,7 +247,7 @@ def _submit_slurm(path: Path, folder: Path, is_array: bool, say: Callable[[str],
     record: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "to": "slurm", "job": job}
     with (folder / SUBMISSIONS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-    log = folder / LOGS / (f"slurm-{job}_0.out" if is_array else f"slurm-{job}.out")
+    log = folder / LOGS / (f"slurm-{job}.out" if first_task is None else f"slurm-{job}_{first_task}.out")
     say(f"submitted job {job}")
     say(f"watch:   squeue -j {job}; tail -F {shlex.quote(str(log))}")
     say(f"save and stop:  scancel --signal=USR1 {job}      stop:  scancel {job}")

@@ -41,6 +41,8 @@ class SlurmJob:
     partition: str | None = None
     configs: tuple[Path, ...] = ()
     """Empty: the script takes the config as its first argument, for people who submit by hand."""
+    tasks: tuple[int, ...] | None = None
+    """Numbers of the `configs` that a job array trains; None: all of them."""
     folder: Path | None = None
     working_folder: Path | None = None
     by_hand_file: str = "slurm/train.sbatch"
@@ -109,7 +111,7 @@ def _options(job: SlurmJob, time: str) -> list[tuple[str, str]]:
         ("account", site.account),
         ("qos", site.qos),
         ("constraint", site.constraint),
-        ("array", f"0-{len(job.configs) - 1}" if job.is_array else None),
+        ("array", _tasks(job) if job.is_array else None),
         ("signal", f"B:USR1@{job.grace_s}"),
         ("requeue", "") if site.max_requeues else ("no-requeue", ""),
         ("open-mode", "append"),
@@ -117,6 +119,10 @@ def _options(job: SlurmJob, time: str) -> list[tuple[str, str]]:
         ("output", f"{_path(job.folder).replace('%', '%%')}/logs/{log}" if job.folder else "%x-%j.out"),
     ]
     return [(name, value) for name, value in options if value is not None]
+
+
+def _tasks(job: SlurmJob) -> str:
+    return f"0-{len(job.configs) - 1}" if job.tasks is None else ",".join(map(str, job.tasks))
 
 
 def _option(name: str, value: str) -> str:

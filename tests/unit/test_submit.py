@@ -215,6 +215,24 @@ def test_a_finished_run_is_not_submitted_again(place: Path, capsys: pytest.Captu
     assert len(list((place / "runs").iterdir())) == 2, "the old one is kept aside"
 
 
+def test_a_sweep_goes_on_without_its_finished_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = ("--gpus-per-node", "2", "--sweep", "train.lr=1e-5,3e-5,5e-5")
+    run(*sweep)
+    folders = sorted((place / "runs" / "topics").glob("0*"))
+    (folders[0] / "summary.json").write_text('{"status": "finished"}')
+    capsys.readouterr()
+    run(*sweep)
+    out = capsys.readouterr().out
+    assert "# 000-lr=1e-5 is finished, and left out" in out
+    assert "#SBATCH --array=1,2\n" in (place / "runs" / "topics" / "job.sbatch").read_text()
+    assert "slurm-4711_1.out" in out
+    for folder in folders[1:]:
+        (folder / "summary.json").write_text('{"status": "finished"}')
+    code, said = refused(capsys, *sweep)
+    assert code == 2
+    assert "topics is finished; --fresh trains it again" in said
+
+
 @pytest.mark.parametrize(
     ("tool", "file", "command"),
     [
