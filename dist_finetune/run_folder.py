@@ -208,7 +208,8 @@ def refuse_other_config(config: Path, spec: Spec, changes: Changes) -> bool:
         ways = {
             "none": "Use name=... for a new run, --fresh to keep the old folder aside and start over, or "
             "`dist-finetune resume` to go on with changes",
-            "layout": "Add --allow where that is meant (epochs, learning rates); the rest needs a new run: name=...",
+            "layout": f"`{resume_command(config.parent)} --allow ...` takes other epochs and learning rates, where "
+            "that is meant; the rest needs a new run: name=...",
             "allow": "These can't change within a run; use name=... for a new one",
         }[changes]
         raise UserError(f"{config.parent} holds a run of another config:\n" + "\n".join(lines) + f"\n{ways}")

@@ -105,7 +105,7 @@ def test_more_epochs_and_another_rate_need_a_word(again: tuple[Path, Train]) -> 
     assert "train.epochs: 2.0 before, 3.0 now" in refused(start, **longer)
     refused(start, overrides=["data.max_rows=-1", "train.micro_batch_size=7"], fresh=True)
     assert not (run / "summary.json").exists(), "the run there has not failed"
-    assert "Add --allow" in refused(start, "layout", **longer)
+    assert "--allow ...` takes other epochs" in refused(start, "layout", **longer)
     summary = start("allow", **longer)
     assert (summary.steps, summary.attempts) == (12, 2)
     steps = [row["step"] for row in read_lines(run / "metrics.jsonl") if "train/loss" in row]

@@ -215,6 +215,17 @@ def test_a_finished_run_is_not_submitted_again(place: Path, capsys: pytest.Captu
     assert len(list((place / "runs").iterdir())) == 2, "the old one is kept aside"
 
 
+def test_a_changed_config_is_refused_with_ways_out_that_there_are(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`submit` has no --allow of its own."""
+    run("--gpus-per-node", "2")
+    code, said = refused(capsys, "--gpus-per-node", "2", "train.lr=1e-4")
+    assert code == 2
+    assert "train.lr: None before, 0.0001 now" in said
+    assert f"`dist-finetune resume {Path('runs') / 'topics'} --allow ...`" in said
+
+
 def test_a_sweep_goes_on_without_its_finished_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = ("--gpus-per-node", "2", "--sweep", "train.lr=1e-5,3e-5,5e-5")
     run(*sweep)
