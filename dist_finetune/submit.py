@@ -153,6 +153,9 @@ def _text(folder: Path, specs: Sequence[Spec], plans: Sequence[Plan], to_train: 
         tasks = None if len(to_train) == len(specs) else tuple(to_train)
         return render_job(replace(slurm_job(folder, specs, plans, request, Path.cwd(), sys.executable), tasks=tasks))
     refuse_what_stays_here(request.to, specs[0], Path.cwd())
+    kept = specs[0].launch.cloud.storage or specs[0].launch.cloud.volume
+    if request.fresh and kept:
+        raise UserError(f"--fresh does not reach the run that {kept} may hold, which would go on: use name=...")
     plan = plans[0]
     job = CloudJob(
         name=specs[0].name,

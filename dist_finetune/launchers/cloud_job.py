@@ -61,7 +61,7 @@ def kept(job: CloudJob, tool: str, start: list[str]) -> list[str]:
     """The command, with its run folder kept in launch.cloud.storage where nothing mounts that for us."""
     if job.num_nodes > 1 and not job.cloud.volume:
         raise UserError(
-            f"{job.num_nodes} machines share a run folder, and launch.cloud.storage is copied by one machine: "
+            f"{job.num_nodes} machines write one run folder together, which launch.cloud.storage can't be: "
             f"with {tool} give launch.cloud.volume, a volume that all of them mount, or use --nodes 1"
         )
     if not job.cloud.storage:

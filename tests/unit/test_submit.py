@@ -269,6 +269,14 @@ def test_files_for_rented_machines(
     assert not (place / "bin" / "sbatch.arguments").exists()
 
 
+def test_a_run_kept_elsewhere_is_not_said_to_start_anew(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "pyproject.toml").write_text("")
+    code, said = refused(capsys, "--to", "dstack", "--fresh", "launch.cloud.storage=s3://b/runs")
+    assert code == 2
+    assert "--fresh does not reach the run that s3://b/runs may hold" in said
+    run("--to", "dstack", "--fresh")
+
+
 def test_a_machine_whose_gpu_is_not_named_has_the_memory_of_the_plan(place: Path) -> None:
     """A BERT of two blocks, too wide for the smallest GPU that is ever asked for."""
     wide = BertConfig(hidden_size=4096, num_hidden_layers=2, num_attention_heads=32, intermediate_size=16384)
