@@ -11,7 +11,8 @@ from pathlib import Path
 from dist_finetune.doctor_local import Finding, local_findings
 from dist_finetune.doctor_ranks import rank_findings, shared_folder_finding
 from dist_finetune.engine import open_accelerator
-from dist_finetune.errors import DistFinetuneError
+from dist_finetune.errors import DistFinetuneError, UserError
+from dist_finetune.launchers.environment import world_from_environment
 from dist_finetune.plan import Plan, for_planning, make_plan
 from dist_finetune.run_folder import output_of
 from dist_finetune.spec import LaunchSpec, Spec
@@ -48,7 +49,11 @@ def examine(spec: Spec | None, say: Callable[[str], None]) -> int:
 def _alone(spec: Spec | None, error: DistFinetuneError) -> list[Finding]:
     """What one machine shows where ranks did not come together; its first rank looks, the others only say why."""
     is_first_here = (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
-    local = local_findings(spec, None, 1) if is_first_here else []
+    try:
+        local_world_size = world_from_environment(os.environ).local_world_size
+    except UserError:  # which `error` says
+        local_world_size = None
+    local = local_findings(spec, None, local_world_size) if is_first_here else []
     told = any(finding.state == "fail" and finding.text in str(error) for finding in local)
     return local if told else [*local, Finding("fail", "ranks", str(error))]
 

@@ -38,8 +38,8 @@ class Finding:
     todo: str = ""
 
 
-def local_findings(spec: Spec | None, plan: Plan | None, local_world_size: int) -> list[Finding]:
-    """Everything that one machine shows by itself."""
+def local_findings(spec: Spec | None, plan: Plan | None, local_world_size: int | None) -> list[Finding]:
+    """Everything that one machine shows by itself; `local_world_size` is None where no launcher says it."""
     return [
         *version_findings(),
         *gpu_findings(local_world_size),
@@ -126,7 +126,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def gpu_findings(local_world_size: int) -> list[Finding]:
+def gpu_findings(local_world_size: int | None) -> list[Finding]:
     """GPUs that torch can use, against those that the machine has and those that this job's processes need."""
     present, visible = count_gpus(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     missing = gpus_missing(os.environ, visible)
@@ -149,15 +149,17 @@ def gpu_findings(local_world_size: int) -> list[Finding]:
     text = f"{visible} x {' and '.join(names)}, {memory:.0f} GiB"
     findings = [Finding("ok", "GPUs", text)]
     granted, said_by = granted_gpus(os.environ)
-    if visible < min(granted, local_world_size):
+    needed = visible if local_world_size is None else local_world_size
+    # One alone may be this task's own, beside other tasks with theirs.
+    if 1 < visible < min(granted, needed):
         todo = "make the others visible (CUDA_VISIBLE_DEVICES), or start fewer processes"
         findings = [Finding("fail", "GPUs", f"{text}, but {granted} were given to the job ({said_by})", todo)]
-    if local_world_size < visible:
+    if needed < visible:
         findings = [
             Finding(
                 "warn",
                 "GPUs",
-                f"{text}; processes on this machine: {local_world_size}, a GPU each",
+                f"{text}; processes on this machine: {needed}, a GPU each",
                 f"start {visible} processes a machine, or hide the others with CUDA_VISIBLE_DEVICES",
             )
         ]

@@ -183,12 +183,14 @@ def test_torchvision_of_another_torch_is_named(monkeypatch: pytest.MonkeyPatch) 
     [
         (4, 0, 4, "fail", r"4 are there, but torch \S+ \(built for .*\) can use none"),
         (4, 2, 4, "fail", r"2 x H100, 80 GiB, but 4 were given to the job \(SLURM_GPUS_ON_NODE\)"),
+        (4, 1, 4, "ok", r"1 x H100, 80 GiB"),  # as under srun --gpus-per-task=1
         (4, 4, 1, "warn", r"4 x H100, 80 GiB; processes on this machine: 1, a GPU each"),
         (4, 4, 4, "ok", r"4 x H100, 80 GiB"),
+        (4, 4, None, "ok", r"4 x H100, 80 GiB"),
     ],
 )
 def test_gpus_are_told_against_those_given_and_the_processes(
-    present: int, visible: int, processes: int, state: str, words: str, monkeypatch: pytest.MonkeyPatch
+    present: int, visible: int, processes: int | None, state: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:  # with none of those that were given, the words are another test's
