@@ -218,7 +218,7 @@ def most_cache_bytes(plan: Plan) -> int:
 
 def _existing(path: Path) -> Path:
     path = path.absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
+    return next(p for p in (path, *path.parents) if os.access(p, os.F_OK))
 
 
 def _gib(count: float) -> str:

@@ -131,7 +131,7 @@ def shared_folder_finding(world: World, about: str, folder: Path, must_share: bo
     token = [f".dist-finetune-doctor-{uuid.uuid4().hex}"]
     dist.broadcast_object_list(token, src=0)
     mine = folder / f"{token[0]}-{world.rank}"
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    made = [p for p in (folder, *folder.parents) if not os.access(p, os.F_OK)]
     problem = None
     try:
         folder.mkdir(parents=True, exist_ok=True)

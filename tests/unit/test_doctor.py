@@ -123,6 +123,21 @@ def test_one_machine_gets_a_line_for_each_question(
     assert list(tmp_path.iterdir()) == [], "it leaves no file and no folder behind"
 
 
+def test_a_place_that_can_not_be_looked_at_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As another user's folder; a name that is too long does the same to root."""
+    (tmp_path / "rows.csv").write_text(CSV)
+    (tmp_path / "c.yaml").write_text("model: {name: demo:minilm}\ndata: {train: rows.csv}\ncache: off\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "c.yaml", f"output={'x' * 300}"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 1, out
+    assert re.search(rf"^ok    disk +\S+ GiB free at {re.escape(str(tmp_path))}, ", out, re.MULTILINE), out
+    assert re.search(r"^fail  run folder .* can't write there \(File name too long\)", out, re.MULTILINE), out
+
+
 def test_a_wrong_config_is_a_failure_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
