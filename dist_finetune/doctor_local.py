@@ -227,18 +227,21 @@ def _gib(count: float) -> str:
 
 def hub_finding() -> Finding:
     """Whether models and data can come from the hub, or only from the cache."""
-    if any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in ("HF_HUB_OFFLINE",)):
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return Finding("ok", "hub", "offline (HF_HUB_OFFLINE): models and data come from the cache only")
     endpoint = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    address = urlparse(proxy) if proxy else endpoint
     try:
-        socket.create_connection((address.hostname or "", address.port or 443), timeout=HUB_TIMEOUT_S).close()
-    except OSError as error:
+        # A proxy is often written without http://
+        address = urlparse(proxy if "//" in proxy else f"//{proxy}") if proxy else endpoint
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname or "", port), timeout=HUB_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:  # ValueError: a port that is none
         return Finding(
             "warn",
             "hub",
-            f"{endpoint.hostname} can't be reached from here ({error.strerror or error})",
+            f"{endpoint.hostname} can't be reached from here{' by the proxy of HTTPS_PROXY' if proxy else ''} "
+            f"({getattr(error, 'strerror', None) or error})",
             "fetch model and data where there is internet (`dist-finetune prepare`), then set HF_HUB_OFFLINE=1 so that "
             "nothing waits for it",
         )

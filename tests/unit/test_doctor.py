@@ -283,9 +283,16 @@ def test_hub_and_wandb_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.delenv("WANDB_MODE")
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123456789\n")
     assert wandb_finding(spec(track={"wandb": "online"})) == Finding("ok", "W&B", "logged in")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_finding(None) == Finding("ok", "W&B", "offline; upload later with `wandb sync`")
+    assert wandb_finding(spec(track={"wandb": "online"})).text == "logged in", "the config is asked first, as in a run"
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         assert hub_finding() == Finding("ok", "hub", "127.0.0.1 can be reached")
+        monkeypatch.setenv("HTTPS_PROXY", f"127.0.0.1:{server.getsockname()[1]}")
+        assert hub_finding() == Finding("ok", "hub", "127.0.0.1 can be reached"), "a proxy without http://"
+    assert "can't be reached from here by the proxy of HTTPS_PROXY (" in hub_finding().text
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:port")
     assert hub_finding().state == "warn"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert hub_finding().state == "ok"
