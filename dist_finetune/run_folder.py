@@ -76,7 +76,7 @@ def check_run_folder(spec: Spec, fresh: bool, changes: Changes) -> Literal["new"
         # hidden files are left by a start that was killed, and by desktops
         held = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror or error}; choose another name=... or output=...") from None
+        raise UserError(f"{folder}: {error.strerror or error}; choose another output=... or name=...") from None
     if config.name not in held and set(held) - {LOGS, JOB_SCRIPT}:
         raise UserError(f"{folder} exists and is no run of this tool; choose another name=... or output=...")
     if fresh or config.name not in held:
@@ -101,7 +101,9 @@ def start_run_folder(spec: Spec, fresh: bool, step: int, evaluated: bool) -> Pat
             (folder / leftover).unlink(missing_ok=True)
         _trim_metrics(folder / METRICS, step, evaluated)
     except OSError as error:
-        raise UserError(f"{folder}: can't be written: {error.strerror or error}; choose another output=...") from None
+        raise UserError(
+            f"{folder}: can't be written: {error.strerror or error}; choose another output=... or name=..."
+        ) from None
     return folder
 
 

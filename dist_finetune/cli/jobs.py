@@ -144,7 +144,7 @@ def _launch(
     before = _identity(folder) if fresh else None
 
     def folder_ready() -> bool:
-        return (folder / "config.yaml").exists() and _identity(folder) != before
+        return os.access(folder / "config.yaml", os.F_OK) and _identity(folder) != before
 
     debug, anew = ["--debug"] if "--debug" in sys.argv else [], ["--fresh"] if fresh else []
     worker = [sys.executable, "-m", "dist_finetune", *debug, "train", *arguments, *anew]
@@ -153,4 +153,4 @@ def _launch(
 
 def _identity(folder: Path) -> int | None:
     """Tells a folder from another that took its name."""
-    return folder.stat().st_ino if folder.exists() else None
+    return folder.stat().st_ino if os.access(folder, os.F_OK) else None

@@ -128,6 +128,9 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         setting("shard", strategy="zero2", deepspeed={"train_batch_size": 7}), ["shard.deepspeed.train_batch_size", "7"]
     ),
     "no login": (setting("track", wandb="online"), ["track.wandb: online needs a login", "WANDB_API_KEY"]),
+    "output that can not be": (
+        lambda config, _: config.update(output="x" * 300), ["xx/c: File name too long", "another output=..."]
+    ),
     "deepspeed with ddp": (
         setting("shard", strategy="ddp", deepspeed={"prescale_gradients": True}), ["shard.deepspeed", "no effect"]
     ),
