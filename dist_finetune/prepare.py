@@ -81,7 +81,7 @@ def check(config: str, overrides: Sequence[str], say: Callable[[str], None]) -> 
     forbid_network()
     items = find_all(load_spec(config, overrides))
     for item in items:
-        place = f", {_place(item.files)}" if item.files else ""
+        place = f", {place_of(item.files)}" if item.files else ""
         size = f", {item.num_bytes / 2**20:,.1f} MiB" if item.files else ""
         say(f"{item.about:<11}{item.text}{size}{place}")
     total = sum(path.stat().st_size for path in {path.resolve() for item in items for path in item.files})
@@ -198,9 +198,9 @@ def _data_files(item: str) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def _place(files: Sequence[Path]) -> str:
+def place_of(files: Sequence[Path]) -> str:
     """The file, or the folder that holds all of them."""
-    return str(files[0] if len(files) == 1 else os.path.commonpath([path.parent for path in files]))
+    return str(files[0] if len(files) == 1 else os.path.commonpath([path.absolute().parent for path in files]))
 
 
 def _more(files: Sequence[Path]) -> str:

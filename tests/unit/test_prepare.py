@@ -13,7 +13,7 @@ from dist_finetune.data.sources import hub_parts
 from dist_finetune.errors import UserError
 from dist_finetune.models.fetch import count_tensors, weight_files
 from dist_finetune.models.sources import describe_model
-from dist_finetune.prepare import Item, remote_names
+from dist_finetune.prepare import Item, place_of, remote_names
 from dist_finetune.spec import ModelSpec, Spec
 
 TINY = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -67,6 +67,15 @@ def test_only_what_can_be_nothing_else_is_a_hub_id(
 )
 def test_what_comes_over_a_network_is_named(model: dict[str, Any], train: str, expected: list[str]) -> None:
     assert remote_names(spec_of(model, train)) == expected
+
+
+def test_files_from_several_places_have_one_that_holds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """data.train: train.csv beside data.validation: /elsewhere/validation.csv."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert place_of([Path("train.csv")]) == "train.csv"
+    assert place_of([Path("train.csv"), tmp_path / "there" / "validation.csv"]) == str(tmp_path)
+    assert place_of([Path("train.csv"), Path("more/test.csv")]) == str(tmp_path / "here")
 
 
 def test_all_shards_are_needed_and_their_tensors_counted(bert: Path) -> None:
