@@ -45,6 +45,11 @@ def resume(
         raise UserError(
             f"{run_folder} is no run of this tool: it has no config.yaml. Name the folder that `run` printed."
         )
+    for word in overrides or ():
+        if word.partition("=")[0] in ("name", "output"):
+            raise UserError(
+                f"{word} has no effect: resume goes on in {run_folder}; for another run start `run` with it"
+            )
     # The folder may have moved since, so where it is now counts, not what its config says.
     moved = [
         f"output={json.dumps(str(run_folder.absolute().parent))}",

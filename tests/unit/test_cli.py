@@ -110,6 +110,14 @@ def test_a_wrong_config_ends_every_command_with_2_and_no_traceback(
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"], "something was made"
 
 
+@pytest.mark.parametrize("override", ["name=other", "output=elsewhere"])
+def test_resume_takes_no_other_place(override: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    code, _, err = ended(capsys, "resume", str(tmp_path), override)
+    assert code == 2
+    assert err.startswith(f"error: {override} has no effect: resume goes on in {tmp_path}; ")
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_debug_shows_the_traceback_wherever_it_stands(
     before: bool, config: str, capsys: pytest.CaptureFixture[str]
