@@ -33,13 +33,14 @@ DEFAULTS = {
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("none",),
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("none",),
     CONFIG_FILE: ("none",),
+    "FSDP_OFFLOAD_PARAMS": ("false",),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false",),
 }
 # Engines of accelerate's that this package does not drive.
 OTHER_ENGINES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-    "ACCELERATE_DYNAMO_BACKEND": "torch.compile",
 }
 
 
@@ -93,7 +94,10 @@ def refuse_contradictions(
     Returns notes on settings of a brought DeepSpeed file that don't contradict but have no effect.
     """
     numbers = _run_numbers(spec, strategy, precision, micro_batch_size, gradient_accumulation_steps)
-    problems = list(_contradictions_of_variables(brought, numbers, device))
+    problems = [
+        *_contradictions_of_engines(brought, numbers),
+        *_contradictions_of_variables(brought, numbers, device),
+    ]
     notes: list[str] = []
     if CONFIG_FILE in brought:
         found, notes = _compare_deepspeed_file(brought[CONFIG_FILE], numbers, spec)
@@ -121,15 +125,31 @@ def _run_numbers(
         "clipping": spec.train.max_grad_norm or 0.0,
         "offload_optimizer": "none" if spec.shard.offload == "none" else "cpu",
         "offload_param": "cpu" if spec.shard.offload == "parameters" else "none",
+        "compile": "inductor" if spec.train.compile else "no",
+        "gradient_checkpointing": spec.train.gradient_checkpointing,
     }
+
+
+def _contradictions_of_engines(brought: Mapping[str, str], numbers: Mapping[str, Any]) -> Iterator[str]:
+    for name, engine in OTHER_ENGINES.items():
+        if name in brought and engine.lower() != numbers["strategy"]:
+            yield f"{name}={brought[name]}: {engine} is asked for, but the run uses {numbers['strategy']}"
+    if "ACCELERATE_USE_FSDP" in brought:
+        if "FSDP_OFFLOAD_PARAMS" in brought and numbers["offload_param"] == "none":
+            yield "FSDP_OFFLOAD_PARAMS=true, but the run keeps its parameters on the device: write shard.offload"
+        if "FSDP_ACTIVATION_CHECKPOINTING" in brought and not numbers["gradient_checkpointing"]:
+            yield "FSDP_ACTIVATION_CHECKPOINTING=true: write train.gradient_checkpointing: true"
+    backend = brought.get("ACCELERATE_DYNAMO_BACKEND")
+    if backend is not None and backend.lower() != numbers["compile"]:
+        yield (
+            f"ACCELERATE_DYNAMO_BACKEND={backend} (--dynamo_backend), but train.compile alone says whether the run "
+            "compiles, with inductor"
+        )
 
 
 def _contradictions_of_variables(
     brought: Mapping[str, str], numbers: Mapping[str, Any], device: str | None
 ) -> Iterator[str]:
-    for name, engine in OTHER_ENGINES.items():
-        if name in brought and engine.lower() != numbers["strategy"]:
-            yield f"{name}={brought[name]}: {engine} is asked for, but the run uses {numbers['strategy']}"
     stage = brought.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     if stage is not None and stage != str(numbers["stage"]):
         yield (

@@ -195,6 +195,8 @@ LAUNCH_DEFAULTS = {
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none",
     "OMP_NUM_THREADS": "1",
 }
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
+CHECKPOINTING = {"gradient_checkpointing": True}
 
 
 def small_spec(**train: Any) -> Spec:
@@ -215,7 +217,7 @@ def test_launcher_defaults_bring_nothing() -> None:
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}, "train.global_batch_size (32)"),
         ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "but train.max_grad_norm is 1.0"),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP is asked for, but the run uses zero2"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "torch.compile is asked for"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "train.compile alone says whether the run compiles"),
         ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "optimizer moments on the device"),
         ({"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, "parameters on the device"),
     ],
@@ -229,18 +231,40 @@ def test_contradicting_settings_are_named(brought: dict[str, str], words: str) -
 
 
 @pytest.mark.parametrize(
-    ("brought", "shard", "strategy", "precision"),
+    ("brought", "sections", "strategy", "precision"),
     [
         ({"ACCELERATE_USE_FSDP": "true"}, {}, "fsdp", "fp32"),
+        ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, {"shard": {"offload": "parameters"}}, "fsdp", "fp32"),
+        (
+            {**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            {"train": {"gradient_checkpointing": True}},
+            "fsdp",
+            "fp32",
+        ),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {}, "ddp", "fp16"),
-        ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {"offload": "optimizer"}, "zero2", "fp32"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {"train": {"compile": True}}, "ddp", "fp32"),
+        (
+            {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+            {"shard": {"offload": "optimizer"}},
+            "zero2",
+            "fp32",
+        ),
     ],
 )
 def test_settings_that_the_config_has_too(
-    brought: dict[str, str], shard: dict[str, Any], strategy: str, precision: str
+    brought: dict[str, str], sections: dict[str, Any], strategy: str, precision: str
 ) -> None:
-    spec = load_spec({"name": "x", "model": {"name": "m"}, "data": {"train": "d"}, "shard": shard})
-    assert refuse_contradictions(brought, spec, strategy, precision) == []
+    spec = load_spec({"name": "x", "model": {"name": "m"}, "data": {"train": "d"}, **sections})
+    assert refuse_contradictions(brought_settings(brought), spec, strategy, precision) == []
+
+
+def test_what_accelerates_fsdp_would_do_beside_sharding_is_compared() -> None:
+    asked = {**FSDP, "FSDP_OFFLOAD_PARAMS": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"}
+    with pytest.raises(UserError) as refused:
+        refuse_contradictions(brought_settings(asked), small_spec(), "fsdp", "fp32")
+    assert "parameters on the device: write shard.offload" in str(refused.value)
+    assert "write train.gradient_checkpointing: true" in str(refused.value)
+    assert str(refused.value).count("\n  ") == 2
 
 
 def test_agreeing_settings_pass_and_all_contradictions_come_at_once() -> None:
