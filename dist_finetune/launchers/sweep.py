@@ -40,7 +40,9 @@ def sweep_trials(sweeps: Sequence[str]) -> tuple[Trial, ...]:
 
 def _parse(sweep: str) -> tuple[str, list[str]]:
     key, equals, text = sweep.partition("=")
-    values = [value.strip() for value in next(csv.reader([text], skipinitialspace=True))] if text.strip() else []
+    # in one line: csv takes a line break between values for a mistake
+    rows = csv.reader([" ".join(text.splitlines())], skipinitialspace=True)
+    values = [value.strip() for value in next(rows, [])]
     if not equals or not key or not values or not all(values):
         raise UserError(f"--sweep {sweep}: write key=value,value such as train.lr=1e-5,3e-5")
     if key in ("name", "output"):

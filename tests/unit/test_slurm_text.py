@@ -228,6 +228,7 @@ def test_sweeps_make_every_combination() -> None:
     ]
     assert [t.name for t in trials][:2] == ["000-lr=1e-5,layers=0-3", "001-lr=1e-5,layers=1,2,3"]
     assert sweep_trials(["model.name=a/b,c d"])[0].name == "000-name=a_b"
+    assert [t.overrides for t in sweep_trials(["train.lr=1e-5,\n3e-5"])] == [("train.lr=1e-5",), ("train.lr=3e-5",)]
     assert sweep_trials([]) == ()
 
 
