@@ -1,5 +1,6 @@
 """A run on rented machines, and what its task files have in common, whichever tool reads them."""
 
+import hashlib
 import math
 import re
 import shlex
@@ -13,6 +14,7 @@ from dist_finetune.spec_launch import CloudSpec
 
 RUNS = "/runs"  # where the machines keep run folders
 CONFIG_ON_MACHINE = "/etc/dist-finetune/config.yaml"
+MAX_NAME = 40
 PORT = 29511  # these machines run nothing else
 USABLE_SHARE = 0.8  # of a GPU's memory; the driver and the allocator take the rest
 
@@ -35,9 +37,15 @@ class CloudJob:
 
 
 def resource_name(name: str) -> str:
-    """A run's name as clouds allow one: lower-case ASCII letters, digits and hyphens, at most 40, a letter first."""
+    """A run's name as clouds allow one: lower-case ASCII letters, digits and hyphens, at most 40, a letter first.
+
+    Where much of it is lost, a hash of the whole keeps it apart from other runs' names.
+    """
     cleaned = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return (cleaned if cleaned[:1].isalpha() else f"run-{cleaned}")[:40].rstrip("-")
+    cleaned = cleaned if cleaned[:1].isalpha() else f"run-{cleaned}".rstrip("-")
+    if len(cleaned) <= MAX_NAME and name.isascii():
+        return cleaned
+    return f"{cleaned[: MAX_NAME - 9].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def memory_gb(job: CloudJob) -> int:

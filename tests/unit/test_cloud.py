@@ -209,14 +209,22 @@ def test_wrong_settings_are_refused_where_the_config_is_read(cloud: dict[str, An
     [
         ("Bert topics", "bert-topics"),
         ("3rd", "run-3rd"),
-        ("ü", "run"),
-        ("a" * 60, "a" * 40),
-        ("3" * 60, "run-" + "3" * 36),
+        ("ü", "run-607474ca"),
+        ("a" * 40, "a" * 40),
+        ("a" * 60, "a" * 31 + "-11ee3912"),
+        ("3" * 60, "run-" + "3" * 27 + "-752e5a54"),
         ("$(x)", "x"),
     ],
 )
 def test_names_as_clouds_allow_them(name: str, resource: str) -> None:
     assert resource_name(name) == resource
+
+
+def test_names_that_clouds_would_cut_stay_apart() -> None:
+    """Else the second run's ConfigMap would take the place of the first one's."""
+    names = [f"bert-large-uncased-sst2-first-12-frozen-lr-{lr}" for lr in ("1e-5", "3e-5")] + ["文", "书"]
+    assert len({resource_name(name) for name in names}) == 4
+    assert max(len(resource_name(name)) for name in names) <= 40
 
 
 def test_hostile_names_reach_the_machines_as_they_are() -> None:
