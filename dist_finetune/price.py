@@ -17,6 +17,7 @@ from dist_finetune.errors import UserError
 from dist_finetune.memory.forecast import Forecast
 from dist_finetune.plan import Plan
 from dist_finetune.spec_base import Section
+from dist_finetune.spec_file import yaml_problem
 
 
 class GpuPrice(Section):
@@ -36,8 +37,10 @@ def read_prices(path: Path) -> dict[str, GpuPrice]:
     """The price list in `path`, by GPU. Raises UserError that names each wrong entry."""
     try:
         content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise UserError(f"{path}: no price list that can be read: {str(error).splitlines()[0]}") from None
+    except YAMLError as error:
+        raise UserError(yaml_problem(path, error)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no price list that can be read: {error}") from None
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: a price list has an entry for each GPU: `A100-80GB: {{per_hour: 2.1, tflops: 312}}`")
     prices, problems = {}, []

@@ -78,15 +78,20 @@ def _read_yaml(path: Path) -> CommentedMap:
         raise UserError(f"{path}: can't be read as a text file: {error}") from None
     try:
         raw = YAML(typ="rt").load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise UserError(f"{path}{at}: not valid YAML: {error.problem or error.context}") from None
     except YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+        raise UserError(yaml_problem(path, error)) from None
     if not isinstance(raw, CommentedMap):
         raise UserError(f"{path}: a config is a mapping of keys such as `model:` and `data:`, this file is not one")
     return raw
+
+
+def yaml_problem(path: Path, error: YAMLError) -> str:
+    """Where in the file it is no YAML, and why."""
+    if not isinstance(error, MarkedYAMLError):
+        return f"{path}: not valid YAML: {error}"
+    mark = error.problem_mark or error.context_mark
+    at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+    return f"{path}{at}: not valid YAML: {error.problem or error.context}"
 
 
 def _apply_override(raw: dict[str, Any], item: str) -> str:

@@ -440,7 +440,8 @@ def test_a_cached_prefix_is_paid_for_once(planning: MakePlan) -> None:
     [
         ("[1]", "has an entry for each GPU"),
         ("a: {per_hour: 1}\nb: {per_hour: -1, tflops: 2}", "tflops"),
-        ("a: [", "no price list"),
+        ("T4: {tflops: 2}\nT4: {tflops: 2}", 'yaml:2:1: not valid YAML: found duplicate key "T4"'),
+        ("a: {per_hour: 1\nb: {", "yaml:2:2: not valid YAML: expected ',' or '}'"),
         ("T4: {per_hour: 1, tflops: 2, efficency: 1}", "efficency"),
     ],
 )
