@@ -38,7 +38,8 @@ def refuse_what_stays_here(tool: str, spec: Spec, working_folder: Path) -> None:
 
 def _local(spec: Spec, working_folder: Path) -> list[str]:
     """What the config names that lies on this machine."""
-    data = [*spec.data.train, spec.data.validation, spec.data.test, spec.model.name, spec.model.weights]
+    weights = None if spec.model.weights in ("pretrained", "none") else spec.model.weights  # words, and no folders
+    data = [*spec.data.train, spec.data.validation, spec.data.test, spec.model.name, weights]
     names = [name for entry in data for name in (entry if isinstance(entry, tuple | list) else [entry])]
     return [name for name in names if isinstance(name, str) and _paths(name, working_folder)]
 

@@ -276,7 +276,8 @@ def test_what_no_machine_would_find_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, changes: dict[str, Any], words: str | None
 ) -> None:
     folder = tmp_path / "work"
-    (folder / "saved").mkdir(parents=True)
+    for name in ("saved", "pretrained"):
+        (folder / name).mkdir(parents=True)
     monkeypatch.setenv("HOME", str(folder))  # which the machines have another of
     for file in (folder / "rows.csv", tmp_path / "outside.csv"):
         file.write_text("text,label\n")
