@@ -4,6 +4,7 @@ A shard is whole or not there, and does not depend on how many processes wrote i
 was, also with another number of processes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dist_finetune.errors import UserError
+from dist_finetune.errors import TrainingError, UserError
 from dist_finetune.run_folder import write_json
 
 Vectors = NDArray[np.float32]
@@ -55,8 +56,9 @@ class Store:
 
     def open(self) -> None:
         """Makes the folder, with the key's parts in key.json for people. Rank 0 only."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "key.json", asdict(self.key))
+        with _writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "key.json", asdict(self.key))
 
     def path(self, split: str, shard: int) -> Path:
         return self.folder / split / f"{shard:05}.safetensors"
@@ -73,10 +75,14 @@ class Store:
     def write(self, split: str, shard: int, tensors: Mapping[str, Tensor]) -> None:
         """Writes a shard: `ids` and `labels` (n,), and float32 (n, D) for each depth."""
         path = self.path(split, shard)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-        temporary.replace(path)
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)  # there where the disk is full
 
     def shards(self, split: str, depth: str) -> Iterator[tuple[Ids, Vectors, Ids]]:
         """Row numbers (n,), features (n, D) and labels (n,), shard after shard."""
@@ -104,6 +110,15 @@ class Store:
         vectors = np.concatenate([features for _, features, _ in parts])[back]
         labels = np.concatenate([labels for _, _, labels in parts])[back]
         return vectors, labels
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raises TrainingError where a file can't be written, as on a full disk."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{path}: features can't be written: {error}; a next start keeps what is there") from None
 
 
 def _read(path: Path, depth: str) -> tuple[Ids, Vectors, Ids]:

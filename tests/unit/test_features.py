@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AlbertConfig, AlbertForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from dist_finetune.data.loading import Rows
-from dist_finetune.errors import UserError
+from dist_finetune.errors import TrainingError, UserError
 from dist_finetune.features.depths import Capture, find_depths
 from dist_finetune.features.extract import plan_shards
 from dist_finetune.features.fold import fold_head, fold_problem
@@ -339,6 +339,14 @@ def test_a_missing_shard_is_told(tmp_path: Path) -> None:
     store.path("train", 1).unlink()
     with pytest.raises(UserError, match="150 of 250 rows"):
         store.read("train", "head", 250)
+
+
+def test_features_that_can_not_be_written_are_told(tmp_path: Path) -> None:
+    (tmp_path / "train").write_text("a file where the folder should be")
+    with pytest.raises(TrainingError, match=r"train/00000.safetensors: features can't be written: .*exists"):
+        stored(tmp_path, *blobs(250, 3))
+    with pytest.raises(TrainingError, match="Not a directory"):
+        Store(tmp_path / "train" / "key", KEY).open()
 
 
 def test_only_a_whole_shard_of_the_same_rows_counts(tmp_path: Path) -> None:
