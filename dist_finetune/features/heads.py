@@ -121,9 +121,13 @@ def choose_c(
 
 def out_of_fold(estimator: Any, features: Matrix, labels: Labels, num_classes: int, seed: int) -> Matrix:
     """Scores (N, C), each row's from a head that was fitted without it."""
-    smallest = int(np.bincount(labels, minlength=num_classes)[np.unique(labels)].min())
-    folds = StratifiedKFold(min(NUM_FOLDS, max(2, smallest)), shuffle=True, random_state=seed)
     scores = np.full((len(labels), num_classes), -np.inf)
+    sizes = np.bincount(labels, minlength=num_classes)[np.unique(labels)]
+    if sizes.max() == 1:  # as in half of two rows a class: without a row nothing is known of its class
+        scores[:] = 0.0
+        scores[np.arange(len(labels)), labels] = -np.inf
+        return scores
+    folds = StratifiedKFold(min(NUM_FOLDS, max(2, int(sizes.min()))), shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         # A class of one row is in one fold only; its rows count as errors, which is what they would be.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)

@@ -215,6 +215,14 @@ def test_a_class_of_one_row_is_counted_as_wrong_and_stops_nothing() -> None:
     assert np.all(scores[held == 2][:, 2] == -np.inf)
 
 
+def test_classes_of_one_row_each_are_all_counted_as_wrong() -> None:
+    """`advise` cross-validates on half of the rows, which of two rows a class are one of each."""
+    features, _ = blobs(4, 2)
+    _, accuracy, scores, held = choose_c("softmax", features[:2], np.array([0, 1]), 2, None, 0)
+    assert accuracy == 0.0
+    assert scores.argmax(1).tolist() == (1 - held).tolist()
+
+
 def test_balanced_weights_find_more_of_the_rare_class() -> None:
     features, labels = blobs(400, 2, noise=4.0)
     kept = np.flatnonzero((labels == 0) | (np.arange(400) % 20 == 1))
