@@ -6,6 +6,7 @@ A run on one machine needs neither its rendezvous nor its restarts, so these are
 
 import contextlib
 import ctypes
+import itertools
 import os
 import re
 import shutil
@@ -43,14 +44,19 @@ def count_gpus(env: Mapping[str, str] = os.environ) -> int:
     only where there is a driver without nvidia-smi.
     """
     visible = env.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        # CUDA ignores all entries from the first invalid one on; -1 is the usual way to hide every device.
-        named = [device.strip() for device in visible.split(",")]
-        valid = next((i for i, device in enumerate(named) if not device or device.startswith("-")), len(named))
-        if valid == 0:
-            return 0
+    if visible is not None and visible.strip() in ("", "-1"):  # the usual way to hide every device
+        return 0
     present = _present_gpus()
-    return min(valid, present) if visible is not None else present
+    if visible is None:
+        return present
+    # CUDA ignores all entries from the first invalid one on.
+    valid = itertools.takewhile(lambda device: _names_gpu(device.strip(), present), visible.split(","))
+    return min(len(list(valid)), present)
+
+
+def _names_gpu(device: str, present: int) -> bool:
+    """Whether it is a UUID, such as GPU-..., or a number that there is."""
+    return device[:1].isalpha() or (device.isdecimal() and int(device) < present)
 
 
 def _present_gpus() -> int:

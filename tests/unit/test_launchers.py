@@ -592,6 +592,9 @@ def test_visible_gpus_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert count_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == 0
     assert count_gpus({"CUDA_VISIBLE_DEVICES": "0,-1,1"}) == 1
     assert count_gpus({"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5"}) == 4
+    assert count_gpus({"CUDA_VISIBLE_DEVICES": "3,4"}) == 1
+    assert count_gpus({"CUDA_VISIBLE_DEVICES": "4,5"}) == 0, "which torch can't see either"
+    assert count_gpus({"CUDA_VISIBLE_DEVICES": "GPU-3,MIG-7"}) == 2
 
 
 # --- the table in the README ---
