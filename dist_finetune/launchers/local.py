@@ -111,6 +111,8 @@ def launch_local(
     a signal or for wrong input, which a second start would not mend.
     """
     command, code = list(worker), 0
+    # A torchrun around us holds no store for these ranks.
+    env = {name: value for name, value in env.items() if not name.startswith("TORCHELASTIC_")}
     for restart in range(max_restarts + 1):
         told_to_stop, code = _launch_once(command, world_size, log_folder, log_folder_ready, env)
         if told_to_stop or code in (0, EXIT_STOPPED, UserError.exit_code) or restart == max_restarts:
@@ -141,9 +143,10 @@ def _launch_once(
     readers: list[tuple[int, int | None, RankLog]] = []
     with _forward_signals(workers) as received, _reserved_port() as port:
         try:
-            for rank, log in enumerate(logs):
-                rank_env = {**env, **_rank_variables(rank, world_size, port)}
-                workers.append(_start(worker, rank_env, rank, log, readers))
+            with _signals_held_back():
+                for rank, log in enumerate(logs):
+                    rank_env = {**env, **_rank_variables(rank, world_size, port)}
+                    workers.append(_start(worker, rank_env, rank, log, readers))
             # Only now, as a process with threads should not fork.
             copying = [copy_in_background(*reader) for reader in readers]
             failed = _wait(workers, logs, warnings, log_folder, log_folder_ready)
@@ -217,16 +220,11 @@ def _start(
 
 
 def _before_worker(parent: int) -> Callable[[], None]:
-    """What a worker does before it becomes Python.
-
-    It holds back the signals that we hand on until it listens to them (`dist_finetune.signals`): one that comes while
-    the interpreter starts would end it, and with it a job that has to answer with exit code 75. And it asks Linux to
-    kill it when we die, however we die: an orphan would hold its GPU.
-    """
+    """What a worker does before it becomes Python: it asks Linux to kill it when we die, however we die. An orphan
+    would hold its GPU."""
     prctl = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else None
 
     def prepare() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)
         if prctl is None:
             return
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -234,6 +232,20 @@ def _before_worker(parent: int) -> Callable[[], None]:
             os._exit(1)
 
     return prepare
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """While workers start. A signal that comes meanwhile is handed on to all of them, when all are there.
+
+    They inherit this, until they listen (`dist_finetune.signals`): a signal that comes while the interpreter starts
+    would end it, and with it a job that has to answer with exit code 75.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

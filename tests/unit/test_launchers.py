@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from dist_finetune.errors import UserError
+from dist_finetune.launchers import local
 from dist_finetune.launchers.brought import brought_settings, refuse_contradictions
 from dist_finetune.launchers.environment import (
     LaunchedAs,
@@ -526,6 +527,27 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can tie a child's life to its parent's")
+def test_a_signal_that_comes_before_the_first_worker_reaches_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, signals = local._start, [signal.SIGUSR1]
+
+    def signal_then_start(*given: Any) -> Any:
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return start(*given)
+
+    monkeypatch.setattr(local, "_start", signal_then_start)
+    worker = python("signal.signal(signal.SIGUSR1, lambda *a: sys.exit(75))\n" + LISTEN + "time.sleep(5)", "")
+    assert launch_local(worker, 2, tmp_path / "logs") == 75
+
+
+def test_workers_of_a_run_in_torchrun_hold_their_own_store(tmp_path: Path) -> None:
+    env = {**os.environ, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    worker = python("sys.exit('TORCHELASTIC_USE_AGENT_STORE' in os.environ)")
+    assert launch_local(worker, 1, tmp_path / "logs", env=env) == 0
+
+
 def test_no_orphan_is_left_when_the_launcher_is_killed(tmp_path: Path) -> None:
     worker = (
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
