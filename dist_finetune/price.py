@@ -80,13 +80,13 @@ def _operations(plan: Plan, forecast: Forecast) -> float:
         return whole * sum(rows.values())  # one pass, and heads are fitted on the CPU
     full_epochs, more_steps = divmod(plan.total_steps, plan.batches.steps_per_epoch)
     trained = full_epochs * rows["train"] + more_steps * plan.batches.global_batch_size
-    epochs = max(1, round(plan.total_steps / plan.batches.steps_per_epoch))
+    evaluations = 1 + max(1, round(plan.total_steps / plan.batches.steps_per_epoch))  # one before the first step
     validation, tested = rows.get("validation", 0), rows.get("test", 0) * whole
     if not all(cache.use for cache in plan.cache):
-        return trained * forecast.frozen_flops + epochs * validation * whole + tested
+        return trained * forecast.frozen_flops + evaluations * validation * whole + tested
     prefix = whole * forecast.frozen_prefix_share  # each stored row runs through it once
     stored = rows["train"] * (plan.spec.cache.views or 1) + validation
-    return stored * prefix + trained * forecast.cached_flops + epochs * validation * (whole - prefix) + tested
+    return stored * prefix + trained * forecast.cached_flops + evaluations * validation * (whole - prefix) + tested
 
 
 def cost_lines(plans: Sequence[Plan], prices: Mapping[str, GpuPrice]) -> list[str]:

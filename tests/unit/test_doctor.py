@@ -412,8 +412,10 @@ def test_hours_and_price_follow_from_the_operations(planned: Plan) -> None:
     assert slow.hours == pytest.approx(fast.hours * 100 * 0.35 / (10 * 0.5))
     assert fast.price == pytest.approx(fast.hours * 2), "two GPUs"
     assert planned.costs.forecast is not None
-    trained = planned.total_steps * planned.batches.global_batch_size * planned.costs.forecast.frozen_flops
-    assert fast.hours * 3600 * 100e12 * 0.35 * 2 == pytest.approx(trained, rel=0.2), "training is most of it"
+    rows, forecast, epochs = planned.data.num_rows, planned.costs.forecast, planned.spec.train.epochs
+    operations = epochs * rows["train"] * forecast.frozen_flops
+    operations += (1 + epochs) * rows["validation"] * forecast.forward_flops  # also before the first step
+    assert fast.hours * 3600 * 100e12 * 0.35 * 2 == pytest.approx(operations)
     prices = {"dear": GpuPrice(per_hour=1000, tflops=0.0001), "cheap": GpuPrice(per_hour=0.5, tflops=100)}
     for plans in ([planned], [planned] * 3):
         hours, price = (sum(getattr(run_costs(plan, prices)[1], name) for plan in plans) for name in ("hours", "price"))
