@@ -143,7 +143,8 @@ def gpu_findings(local_world_size: int | None) -> list[Finding]:
             )
         ]
     if not visible:
-        return [Finding("ok", "GPUs", f"none; training runs on {os.cpu_count()} CPU cores")]
+        cores = len(os.sched_getaffinity(0))
+        return [Finding("ok", "GPUs", f"none; training runs on {cores} CPU core{'s' if cores > 1 else ''}")]
     names = sorted({torch.cuda.get_device_name(i) for i in range(visible)})
     memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(visible)) / 2**30
     text = f"{visible} x {' and '.join(names)}, {memory:.0f} GiB"

@@ -222,6 +222,18 @@ def test_gpus_are_told_against_those_given_and_the_processes(
     assert bool(finding.todo) == (state != "ok")
 
 
+def test_cores_are_those_that_this_process_may_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a SLURM job, which has a part of its machine."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        assert gpu_findings(1)[0].text == "none; training runs on 1 CPU core"
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def test_ranks_with_different_kinds_of_gpu_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     others = {"A100": "H100"}  # all else is the same on the other rank
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "A100")
