@@ -48,19 +48,18 @@ def examine(spec: Spec | None, say: Callable[[str], None]) -> int:
 
 def _alone(spec: Spec | None, error: DistFinetuneError) -> list[Finding]:
     """What one machine shows where ranks did not come together; its first rank looks, the others only say why."""
-    is_first_here = (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
     try:
-        local_world_size = world_from_environment(os.environ).local_world_size
-    except UserError:  # which `error` says
-        local_world_size = None
-    local = local_findings(spec, None, local_world_size) if is_first_here else []
+        found = world_from_environment(os.environ)
+        local = local_findings(spec, None, found.local_world_size) if found.local_rank == 0 else []
+    except UserError:  # which `error` says; ranks that can't be told apart all look
+        local = local_findings(spec, None, None)
     told = any(finding.state == "fail" and finding.text in str(error) for finding in local)
     return local if told else [*local, Finding("fail", "ranks", str(error))]
 
 
 def _hang(error: RuntimeError, launch: LaunchSpec, findings: list[Finding]) -> Finding:
     """Says on which rank the questions ended, and after which one."""
-    rank, after = os.environ.get("RANK", "0"), findings[-1].about if findings else "the start"
+    rank, after = world_from_environment(os.environ).rank, findings[-1].about if findings else "the start"
     text = f"rank {rank} on {socket.gethostname()} could not go on after {after!r}: {_first_line(error)}"
     todo = (
         f"a rank that says nothing here hangs or has ended (collectives wait {launch.timeout:.0f} s): look at its "

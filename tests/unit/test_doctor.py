@@ -20,6 +20,7 @@ from job_process import PROGRAMS, accelerate_command, deepspeed_command, mpirun_
 
 from dist_finetune.cache.decide import CacheDecision
 from dist_finetune.cli import main
+from dist_finetune.doctor import examine
 from dist_finetune.doctor_local import (
     Finding,
     disk_finding,
@@ -34,7 +35,7 @@ from dist_finetune.errors import UserError
 from dist_finetune.plan import Plan
 from dist_finetune.preflight import interface_to
 from dist_finetune.price import GpuPrice, cost_lines, read_prices, run_costs
-from dist_finetune.spec import Spec
+from dist_finetune.spec import LaunchSpec, Spec
 from dist_finetune.spec_file import load_spec
 from dist_finetune.world import World
 
@@ -320,6 +321,23 @@ def environment(rank: int, port: int, world_size: int = 3) -> dict[str, str]:
     names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
     fixed = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": repository}
     return {**os.environ, **fixed, **{k: str(v) for k, v in names.items()}}
+
+
+def test_a_task_that_can_not_go_on_gives_its_own_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun and mpirun set no RANK, and a second task of a machine doesn't look at it again."""
+    for name, value in {"RANK": 1, "SIZE": 2, "LOCAL_RANK": 1, "LOCAL_SIZE": 2}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
+    for name, value in {"MASTER_ADDR": "n1", "MASTER_PORT": "29511"}.items():
+        monkeypatch.setenv(name, value)
+    for error, words in ((RuntimeError("Timed out"), "rank 1 on .* could not go on"), (UserError("absent"), "absent")):
+
+        def fail(_: LaunchSpec, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("dist_finetune.doctor.join_world", fail)
+        said: list[str] = []
+        assert examine(None, said.append) == 1
+        assert re.match(f"fail  ranks +{words}", said[0]), said
 
 
 @pytest.mark.dist
