@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from dist_finetune.data.loading import Rows
 from dist_finetune.features import minibatch, run
 from dist_finetune.features.extract import plan_shards
-from dist_finetune.features.room import available_bytes, fits
+from dist_finetune.features.room import VERSION_1, VERSION_2, available_bytes, fits
 from dist_finetune.spec_file import load_spec
 
 
@@ -30,13 +30,31 @@ def test_features_beyond_memory_are_not_fitted_in_memory() -> None:
     assert not fits(40_000, 4_096, 1, 10**9)
 
 
-@pytest.mark.parametrize(("limit", "expected"), [("max", 8 * 2**20), ("3145728", 2 * 2**20), (None, 8 * 2**20)])
-def test_memory_is_the_machines_or_the_containers(tmp_path: Path, limit: str | None, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("groups", "place", "limit", "expected_mib"),
+    [
+        ("0::/", ".", "max", 8),
+        ("0::/", ".", str(4 * 2**20), 3),
+        ("0::/slurm/job_7/step_0", "slurm/job_7", str(4 * 2**20), 3),  # not the step's own, but the job's
+        ("0::/../kubepods/pod", ".", str(4 * 2**20), 3),  # as a container's is seen from outside
+        ("4:cpu:/\n3:memory:/job", "memory/job", str(4 * 2**20), 3),
+        ("0::/", "elsewhere", str(4 * 2**20), 8),
+    ],
+)
+def test_memory_is_the_machines_or_the_jobs(
+    tmp_path: Path, groups: str, place: str, limit: str, expected_mib: int
+) -> None:
+    """Of 2 MiB in use 1 is cached files."""
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text(f"{groups}\n")
     (tmp_path / "meminfo").write_text("MemTotal: 9999 kB\nMemAvailable: 8192 kB\n")
-    if limit:
-        (tmp_path / "memory.max").write_text(limit)
-        (tmp_path / "memory.current").write_text(str(2**20))
-    assert available_bytes(tmp_path, tmp_path) == expected
+    names = VERSION_1 if "memory" in groups else VERSION_2
+    group = tmp_path / "groups" / place
+    group.mkdir(parents=True)
+    (group / names[0]).write_text(limit)
+    (group / names[1]).write_text(str(2 * 2**20))
+    (group / "memory.stat").write_text(f"anon 1\n{names[2]} {2**20}\n")
+    assert available_bytes(tmp_path, tmp_path / "groups") == expected_mib * 2**20
 
 
 def test_batches_are_cut_by_tokens_as_well_as_rows() -> None:
