@@ -140,10 +140,13 @@ def _asked(spec: Spec) -> str:
 
 
 def _earlier(spec: Spec) -> dict[str, Any] | None:
-    """The config part of advice that was given before on the same model and data."""
+    """The config part of advice that was given before on the same model and data; None where its file is damaged."""
     path = advice_folder(spec) / "advice.json"
     if not path.exists():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    part: dict[str, Any] = content["verdict"]["config"]
-    return part if content["asked"] == _asked(spec) else None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        part: dict[str, Any] = content["verdict"]["config"]
+        return part if content["asked"] == _asked(spec) else None
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -338,6 +338,9 @@ def test_evidence_is_what_rows_and_features_say(
     assert not store.exists(), "a row can't be timed where features are there"
     assert follow_advice(other) == followed
     assert "goes by" in capsys.readouterr().out
+    (advice.folder / "advice.json").write_text('{"verdict": ')
+    follow_advice(other)
+    assert "goes by" not in capsys.readouterr().out, "what is damaged is measured anew"
 
 
 def test_auto_on_large_data_trains_the_head_and_then_the_part_worth_training(
