@@ -160,7 +160,7 @@ class CloudSpec(Section):
     autostop: Annotated[int, Field(ge=1)] = 10
     """Minutes without work after which the machines are given back."""
     max_hours: Annotated[float, Field(gt=0)] | None = None
-    """Ends the job after so long, whatever happens."""
+    """Ends the job after so long, whatever happens; on SkyPilot counted anew where another machine takes over."""
     disk_gb: PositiveInt = 100
     secrets: Annotated[StringList, AfterValidator(_secret_names)] = ()
     """Names of environment variables with secrets, such as WANDB_API_KEY; values stay where they are."""
