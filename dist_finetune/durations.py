@@ -36,11 +36,11 @@ def parse_bytes(value: Any) -> Any:
 def parse_interval(value: Any) -> tuple[float, str]:
     """`(200, "steps")` of "200 steps", `(1, "epochs")` of "1 epoch", `(1800, "s")` of "30 min"."""
     if isinstance(value, (list, tuple)) and len(value) == 2:
-        value = f"{value[0]:g} {value[1]}"  # as a written-out config holds it
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(step|epoch)s?\s*", str(value).lower())
+        value = value[0] if value[1] == "s" else f"{value[0]} {value[1]}"  # as a written-out config holds it
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(step|epoch)s?\s*", str(value).lower())
     if not found:
         return float(parse_duration_s(value)), "s"
     number = float(found[1])
-    if number <= 0 or (found[2] == "step" and number != int(number)):
+    if number <= 0 or (found[2] == "step" and not number.is_integer()):
         raise ValueError(f'{value!r} is no interval; write a whole number of steps, such as "200 steps"')
     return number, f"{found[2]}s"

@@ -260,6 +260,12 @@ def test_resolved_yaml_reads_back_equal(tmp_path: Path) -> None:
     assert load_spec(write(tmp_path, resolved_yaml(spec))) == spec
 
 
+@pytest.mark.parametrize("every", ["200 steps", "1000000 steps", "0.3333333 epochs", "0.00001 epochs", "12 days"])
+def test_every_interval_reads_back_equal(every: str, tmp_path: Path) -> None:
+    spec = load_spec({**SMALL, "checkpoint": {"every": every}})
+    assert load_spec(write(tmp_path, resolved_yaml(spec))) == spec
+
+
 def test_the_schema_takes_what_the_loader_takes() -> None:
     definitions = Spec.model_json_schema()["$defs"]
     layers = {option.get("type") for option in definitions["FreezeSpec"]["properties"]["layers"]["anyOf"]}
