@@ -62,6 +62,10 @@ def _freeze_section(value: Any) -> Any:
 
 Warmup = Annotated[float, Field(ge=0), AfterValidator(_whole_steps)]
 Layers = Annotated[str | None, BeforeValidator(_as_layers, json_schema_input_type=int | str | list[int | str] | None)]
+Interval = Annotated[
+    tuple[float, Literal["steps", "epochs", "s"]],
+    BeforeValidator(parse_interval, json_schema_input_type=float | str | list[float | str]),
+]
 FractionOrSources = Annotated[
     float | tuple[str, ...], BeforeValidator(_fraction_or_sources, json_schema_input_type=float | str | list[str])
 ]
@@ -222,7 +226,7 @@ class CacheSpec(Section):
 
 
 class CheckpointSpec(Section):
-    every: Annotated[tuple[float, Literal["steps", "epochs", "s"]], BeforeValidator(parse_interval)] = (1.0, "epochs")
+    every: Interval = (1.0, "epochs")
     """How often to save: "200 steps", "30 min" or "1 epoch"."""
     keep: PositiveInt = 2
     """Newest checkpoints to keep; older ones go once a newer one is complete."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from dist_finetune.durations import parse_bytes, parse_duration_s
-from dist_finetune.spec_base import PositiveInt, Section, StringList
+from dist_finetune.spec_base import DurationS, PositiveInt, Section, StringList, as_list
 
 SLURM_TIME = re.compile(r"\d+-\d+(:\d+){0,2}|\d+:\d+(:\d+)?")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -100,6 +100,7 @@ def _extra_options(lines: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Line = Annotated[str, Field(min_length=1), AfterValidator(_one_line)]
+Lines = Annotated[tuple[Line, ...], BeforeValidator(as_list, json_schema_input_type=str | list[str])]
 SlurmTime = Annotated[str, BeforeValidator(slurm_time)]
 Variables = Annotated[dict[str, str], AfterValidator(_variables)]
 
@@ -120,7 +121,7 @@ class SlurmSpec(Section):
     """Memory of one GPU, such as 80GiB, so that the plan can tell whether the run fits."""
     cpus_per_process: PositiveInt = 4
     """CPU cores for each GPU, or for each process where there are none."""
-    modules: Annotated[tuple[Line, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = ()
+    modules: Lines = ()
     """Environment modules to load first."""
     env: Variables = {}
     """Environment variables of the job, such as NCCL_SOCKET_IFNAME. No secrets."""
@@ -128,17 +129,15 @@ class SlurmSpec(Section):
     """Python that has this package on the nodes; left out: the one that submits, in a container "python"."""
     container: Line | None = None
     """Image for srun's --container-image (the pyxis plugin)."""
-    container_mounts: Annotated[tuple[Line, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = ()
+    container_mounts: Lines = ()
     """host:container folders; the run folder and the data must be among them."""
     offline: bool = False
     """Compute nodes have no internet: only what `prepare` fetched is used (HF_HUB_OFFLINE=1)."""
     max_requeues: Annotated[int, Field(ge=0, le=1000)] = 20
     """How often the job may be queued again after a time limit or a preemption."""
-    grace: Annotated[float, BeforeValidator(parse_duration_s)] | None = None
+    grace: DurationS | None = None
     """Seconds before the limit at which the run saves; left out: from the size of a checkpoint."""
-    extra: Annotated[
-        tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), AfterValidator(_extra_options)
-    ] = ()
+    extra: Annotated[StringList, AfterValidator(_extra_options)] = ()
     """Further sbatch options, each such as "--reservation=course"."""
 
 

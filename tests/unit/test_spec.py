@@ -273,6 +273,10 @@ def test_the_schema_takes_what_the_loader_takes() -> None:
     assert {"type": "string"} in definitions["DataSpec"]["properties"]["train"]["anyOf"]
     assert {"type": "string"} in Spec.model_json_schema()["properties"]["freeze"]["anyOf"]
     assert "except" in definitions["FreezeSpec"]["properties"]
+    slurm = definitions["SlurmSpec"]["properties"]
+    every = definitions["CheckpointSpec"]["properties"]["every"]
+    for takes_a_text in (every, slurm["grace"], slurm["modules"], slurm["container_mounts"], slurm["extra"]):
+        assert {"type": "string"} in takes_a_text["anyOf"]
 
 
 def test_a_home_in_yaml_is_that_of_who_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
