@@ -253,7 +253,7 @@ def telling_rows(model: nn.Module, inputs: Callable[[int], Any]) -> int:
     """The micro-batch of a pass that tells what any micro-batch takes: a prime that divides no dimension of the model's
     tensors and of a row, so that bytes are a multiple of it where they grow with the rows, and nowhere else."""
     row = [leaf for leaf in tree_leaves(inputs(1)) if isinstance(leaf, torch.Tensor)]
-    sizes = {size for tensor in (*model.parameters(), *model.buffers(), *row) for size in tensor.shape}
+    sizes = {size for tensor in (*model.parameters(), *model.buffers(), *row) for size in tensor.shape if size}
     numbers = (n for n in count(LEAST_TELLING_ROWS) if all(n % d for d in range(2, int(n**0.5) + 1)))
     return next(n for n in numbers if all(size % n for size in sizes))
 
