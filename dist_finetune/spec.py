@@ -139,8 +139,8 @@ class FreezeSpec(Section):
         return rule
 
     def is_none(self) -> bool:
-        """True where no rule freezes anything."""
-        return self.rule == "none" and not (self.embeddings or self.layers or self.patterns)
+        """True where the section asks for nothing, no `except`, `mode` or `dtype` either."""
+        return self == FreezeSpec()
 
 
 class TrainSpec(Section):

@@ -83,6 +83,7 @@ def test_lp_ft_probes_first_and_then_keeps_the_configs_freeze() -> None:
     ("sections", "message"),
     [
         ({"phases": "gradual", "freeze": "backbone"}, "freeze and phases are both set"),
+        ({"phases": "gradual", "freeze": {"dtype": "bf16"}}, "freeze and phases are both set"),
         ({"phases": "gradual", "train": {"epochs": 1.5}}, "needs a whole number of epochs from 2"),
         (
             {
