@@ -3,13 +3,12 @@
 import re
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from dist_finetune.errors import UserError
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.sources import of_source
-from dist_finetune.models.weights import first_line, weights_file
+from dist_finetune.models.weights import first_line, read_weights, weights_file
 from dist_finetune.spec import ModelSpec
 
 SHARD = re.compile(r".*-(\d+)-of-(\d+)")
@@ -40,6 +39,6 @@ def count_tensors(path: Path) -> int:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return len(list(file.keys()))
-        return len(torch.load(path, map_location="meta", weights_only=True))
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable weight file (truncated?): {first_line(error)}") from None
+    return len(read_weights(path, "meta"))

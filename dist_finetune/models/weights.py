@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -43,17 +43,18 @@ def weights_file(weights: str) -> Path | None:
     return None if weights in ("pretrained", "none") else Path(weights).expanduser()
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, device: Literal["cpu", "meta"] = "cpu") -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file, by name, on the CPU; no pickled code is run.
 
-    A dict nested under `state_dict` or `model` is taken out, and the `module.` that DDP puts before names is cut.
+    A dict nested under `state_dict` or `model` is taken out, and the `module.` that DDP puts before names is cut. On
+    `device` meta no data of a torch file is read.
     """
     try:
         found: Any
         if path.suffix == ".safetensors":
             found = load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such weight file") from None
     except pickle.UnpicklingError as error:

@@ -114,3 +114,12 @@ def test_a_cut_file_is_found_by_its_header(tmp_path: Path, suffix: str) -> None:
     cut.write_bytes(whole.read_bytes()[:-50])
     with pytest.raises(UserError, match="truncated"):
         count_tensors(cut)
+
+
+def test_tensors_of_a_torch_file_are_counted_as_a_run_reads_them(tmp_path: Path) -> None:
+    nested, pointer = tmp_path / "nested.pt", tmp_path / "pytorch_model.bin"
+    torch.save({"state_dict": {"a": torch.ones(100), "b": torch.ones(3)}, "epoch": 3}, nested)
+    assert count_tensors(nested) == 2
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\n")  # of a clone without git-lfs
+    with pytest.raises(UserError, match="holds more than tensors, or is damaged"):
+        count_tensors(pointer)
