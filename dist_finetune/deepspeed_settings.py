@@ -56,7 +56,8 @@ def zero_section(spec: Spec, strategy: Strategy, manifest: Manifest) -> dict[str
     extra = spec.shard.deepspeed.get("zero_optimization", {})
     if not isinstance(extra, dict):
         raise UserError(f"shard.deepspeed.zero_optimization: {extra!r} contradicts the plan; write a section of keys")
-    extra = {k: v for k, v in extra.items() if k != "stage"}
+    # a section is made for each strategy that is weighed; what fits none is refused with the one that is chosen
+    extra = {k: v for k, v in extra.items() if k != "stage" and k in section}
     return _merge(section, extra, "shard.deepspeed.zero_optimization")
 
 
@@ -100,11 +101,24 @@ def _merge(settings: dict[str, Any], extra: dict[str, Any], where: str) -> dict[
         planned = settings.get(key)
         if isinstance(value, dict) and (planned is None or isinstance(planned, dict)) and key in SECTIONS:
             merged[key] = _merge(planned or {}, value, f"{where}.{key}")
-        elif key in TUNABLE_IN.get(where.rpartition(".")[2], ()):
-            merged[key] = value
+        elif key in TUNABLE_IN.get(where.rpartition(".")[2], ()) and (key in settings or key in SHOWN):
+            merged[key] = _tuned(value, f"{where}.{key}")
         elif key not in settings or planned != value:
             raise UserError(f"{where}.{key}: {_refusal(key, value, planned, where)}")
     return merged
+
+
+def _tuned(value: Any, where: str) -> int | bool:
+    """What the user set a key to. Raises UserError for "auto" and all else that DeepSpeed could not go by."""
+    key = where.rpartition(".")[2]
+    fits = isinstance(value, bool) == (key in FLAGS)
+    if fits and key not in FLAGS:
+        least = 1 if key == "steps_per_print" else 0  # DeepSpeed divides by it
+        fits = isinstance(value, int | float) and value >= least and float(value).is_integer()
+    if not fits:
+        wanted = "true or false" if key in FLAGS else "a whole number, such as 50000000"
+        raise UserError(f"{where}: {value!r} is not {wanted}; write one, or leave the key out for what fits the plan")
+    return value if key in FLAGS else int(value)
 
 
 def _refusal(key: str, value: Any, planned: Any, where: str) -> str:
@@ -112,6 +126,8 @@ def _refusal(key: str, value: Any, planned: Any, where: str) -> str:
     if planned is not None:
         way = f"set it through {SET_BY.get(key, 'train.* or shard.strategy')}, or remove it"
         return f"{value!r} contradicts the plan, which needs {planned!r}; {way}"
+    if key in tunable:
+        return "the strategy's stage has no such setting, so that it would have no effect; remove it"
     if key in SET_BY:
         return f"this is decided elsewhere; set it through {SET_BY[key]}, and remove it here"
     where_else = [
@@ -123,9 +139,11 @@ def _refusal(key: str, value: Any, planned: Any, where: str) -> str:
     return f"no key that may be tuned here. {hint}"
 
 
+SHOWN = ("wall_clock_breakdown", "dump_state", "memory_breakdown")  # off unless set
+FLAGS = (*SHOWN, "contiguous_gradients", "round_robin_gradients")
 # Trade memory or messages for speed, and change no result; by the section that holds them.
 TUNABLE_IN: dict[str, tuple[str, ...]] = {
-    "deepspeed": ("steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown"),
+    "deepspeed": ("steps_per_print", *SHOWN),
     "zero_optimization": (
         "reduce_bucket_size",
         "allgather_bucket_size",

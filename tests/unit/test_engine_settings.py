@@ -92,6 +92,10 @@ REFUSED = [
     (["shard.strategy=zero2", "shard.deepspeed={optimizer: {type: Adam}}"], ["deepspeed.optimizer", "train.lr"]),
     (["shard.strategy=zero2", "shard.deepspeed={scheduler: {type: WarmupLR}}"], ["deepspeed.scheduler", "warmup"]),
     (
+        ["shard.strategy=zero2", "shard.deepspeed={steps_per_print: 0}"],
+        ["shard.deepspeed.steps_per_print: 0 is not a whole number, such as"],
+    ),
+    (
         ["shard.strategy=zero2", "shard.deepspeed={steps_per_prnt: 5}"],
         ["Did you mean steps_per_print"],
     ),
@@ -108,6 +112,18 @@ REFUSED = [
         ["zero_optimization.stage", "3 contradicts the plan, which needs 2", "shard.strategy"],
     ),
     (["shard.strategy=zero2", "shard.deepspeed={zero_optimization: 2}"], ["zero_optimization", "contradicts"]),
+    (
+        ["shard.strategy=zero2", "shard.deepspeed={zero_optimization: {reduce_bucket_size: auto}}"],
+        ["shard.deepspeed.zero_optimization.reduce_bucket_size: 'auto' is not a whole number", "leave the key out"],
+    ),
+    (
+        ["shard.strategy=zero2", "shard.deepspeed={zero_optimization: {contiguous_gradients: 1}}"],
+        ["contiguous_gradients: 1 is not true or false"],
+    ),
+    (
+        ["shard.strategy=zero2", "shard.deepspeed={zero_optimization: {stage3_max_live_parameters: 5}}"],
+        ["stage3_max_live_parameters", "no effect", "remove it"],
+    ),
     (["freeze.dtype=bf16"], ["needs train.precision: bf16", "it is fp32"]),
     (["freeze.dtype=bf16", "freeze.embeddings=false", "freeze.layers=null"], ["no effect", "nothing is frozen"]),
     (["shard.frozen=shard", "freeze.embeddings=false", "freeze.layers=null"], ["no effect", "nothing is frozen"]),
@@ -140,7 +156,10 @@ def test_bf16_on_a_gpu_that_has_none(config: Path) -> None:
 
 
 def test_sizes_that_change_no_result_may_be_tuned(config: Path) -> None:
-    tuned = "shard.deepspeed={steps_per_print: 7, zero_optimization: {stage: 2, reduce_bucket_size: 5000}}"
+    tuned = (
+        "shard.deepspeed={steps_per_print: 7, wall_clock_breakdown: true, "
+        "zero_optimization: {stage: 2, reduce_bucket_size: 5e3}}"
+    )
     (settings,) = plan_of(config, "shard.strategy=zero2", tuned).deepspeed
     assert settings is not None
     assert settings["steps_per_print"] == 7
