@@ -26,6 +26,7 @@ from dist_finetune.memory.costs import Costs, PassRequest, plan_costs
 from dist_finetune.memory.demand import Way
 from dist_finetune.memory.state import FP32_BYTES
 from dist_finetune.models.card import ModelCard
+from dist_finetune.models.image_size import refuse_image_size
 from dist_finetune.models.on_meta import on_meta
 from dist_finetune.models.order import structure_for
 from dist_finetune.models.sources import build_model, describe_model, for_task
@@ -207,6 +208,8 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
     require_metric(spec.checkpoint.best, data.task)
     with on_meta():
         model = build_model(card, spec.model, data.classes)
+    if spec.data.image_size:
+        refuse_image_size(model, card, spec.model, data.classes)
     structure = structure_for(model, card)
     share = rows_per_rank(spec, topology)
     phases = plan_phases(spec, structure, model, steps_per_epoch(spec, data.num_rows["train"]), card.default_lr)

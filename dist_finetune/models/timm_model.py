@@ -180,9 +180,11 @@ def _create(card: ModelCard, spec: ModelSpec, num_classes: int, file: Path | Non
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file), "source": None}}
     try:
         model = timm.create_model(f"local-dir:{folder}" if folder else card.location, **options)
-    except (AssertionError, ValueError, TypeError) as error:
-        size = card.image.size if card.image else None
-        raise UserError(f"model.name {card.name}: timm can't build it for images of {size} pixels: {error}") from None
+    except (AssertionError, ValueError, TypeError, RuntimeError) as error:
+        size, version = card.image.size if card.image else None, timm.__version__
+        raise UserError(
+            f"model.name {card.name}: timm {version} can't build it for images of {size} pixels: {error}"
+        ) from None
     if file is not None and num_classes == config.num_classes:
         # As many classes by chance: theirs are not ours.
         model.reset_classifier(num_classes)
@@ -216,9 +218,11 @@ def _pretrained_config(location: str, revision: str | None) -> PretrainedCfg:
 def _folder_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/config.json: can't be read as timm's config of a model: {error}") from None
-    if isinstance(config, dict) and "pretrained_cfg" not in config:
+    if "pretrained_cfg" not in config:
         # The older format keeps everything on one level.
         return {"architecture": config.get("architecture"), "pretrained_cfg": config}
     return config

@@ -110,8 +110,11 @@ def _create(card: ModelCard, spec: ModelSpec, num_classes: int) -> nn.Module:
         options["init_weights"] = True  # torchvision warns where this is left open
     try:
         model = get_model(architecture, weights=None, **options)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"model.name {card.name}: torchvision can't build it: {error}") from None
+    except (AssertionError, ValueError, RuntimeError) as error:
+        size = card.image.size if card.image else None
+        raise UserError(
+            f"model.name {card.name}: torchvision can't build it for images of {size} pixels: {error}"
+        ) from None
     if spec.dropout is not None:
         set_dropout(model, spec.dropout)
     return model

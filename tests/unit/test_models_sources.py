@@ -18,6 +18,8 @@ from transformers import BertConfig, RobertaConfig, ViTConfig
 from dist_finetune.data.images import ImageInput
 from dist_finetune.errors import UserError
 from dist_finetune.models import hub
+from dist_finetune.models.image_size import refuse_image_size
+from dist_finetune.models.on_meta import on_meta
 from dist_finetune.models.sources import build_model, describe_model, forward_logits, load_tokenizer
 from dist_finetune.spec import ModelSpec
 
@@ -179,6 +181,27 @@ def test_images_take_the_size_the_data_asks_for_unless_positions_are_learned(tmp
     assert forward_logits(model, torch.rand(2, 3, 64, 64)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("name", ["torchvision:alexnet", "timm:levit_128s"])
+def test_a_size_at_which_a_model_can_not_run_is_refused(name: str) -> None:
+    spec = ModelSpec(name=name, weights="none")
+    for size in (None, 33):
+        card = describe_model(spec, size)
+        with on_meta():
+            model = build_model(card, spec, CLASSES)
+        if size is None:
+            refuse_image_size(model, card, spec, CLASSES)
+            continue
+        with pytest.raises(UserError, match=r"data.image_size: .* 33x33 pixels .* the model's own 224x224"):
+            refuse_image_size(model, card, spec, CLASSES)
+        assert model.training
+
+
+def test_a_size_for_which_a_model_can_not_be_built_is_refused() -> None:
+    spec = ModelSpec(name="torchvision:vit_b_16", weights="none")
+    with pytest.raises(UserError, match=r"can't build it for images of \(100, 100\) pixels: .* patch size"), on_meta():
+        build_model(describe_model(spec, 100), spec, CLASSES)
+
+
 def test_the_image_processor_of_a_folder_is_read(tmp_path: Path) -> None:
     ViTConfig(**TINY, image_size=32, patch_size=8).save_pretrained(tmp_path)
     processor = {
@@ -218,6 +241,10 @@ def test_folders_that_hold_no_classifier_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "new", "auto_map": {"AutoConfig": "code.Config"}}')
     (tmp_path / "code.py").write_text("raise SystemExit('was run')")
     assert "model.trust_remote_code" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text('{"architecture": "resnet9000"}')  # such as one of a later timm
+    assert "Unknown model (resnet9000)" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    assert "can't be read as timm's config" in refusal(f"timm:{tmp_path}")
 
 
 class Bag(nn.Module):

@@ -14,6 +14,7 @@ from transformers import BertConfig
 
 from dist_finetune.cli import main
 from dist_finetune.data.tables import read_tables
+from dist_finetune.errors import UserError
 from dist_finetune.plan import Plan, make_plan, plan_run
 from dist_finetune.plan_text import cost_lines, plan_lines, plan_notes, render_plan
 from dist_finetune.report import Reporter
@@ -394,3 +395,9 @@ def test_epochs_beside_phases_that_have_their_own_are_noted(folder: Path) -> Non
     given, left_out = (spec_of(folder, freeze="none", phases=phases, train=train) for train in ({"epochs": 5}, {}))
     assert said in plan_notes(make_plan(given, gpus(1, None)))
     assert not any("train.epochs" in note for note in plan_notes(make_plan(left_out, gpus(1, None))))
+
+
+def test_a_plan_refuses_images_that_the_model_can_not_take(folder):
+    model, data = {"name": "torchvision:alexnet", "weights": "none"}, {"train": "builtin:digits", "image_size": 33}
+    with pytest.raises(UserError, match=r"data\.image_size: .* 33x33 pixels"):
+        make_plan(spec_of(folder, model=model, data=data, freeze="none"))
