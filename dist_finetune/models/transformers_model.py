@@ -22,6 +22,7 @@ from dist_finetune.errors import UserError
 from dist_finetune.models.card import ModelCard, Provenance
 from dist_finetune.models.config_json import read_json
 from dist_finetune.models.dropout import set_dropout
+from dist_finetune.models.head import find_head
 from dist_finetune.models.hub import WEIGHT_FILES, commit_of
 from dist_finetune.models.transformers_config import (
     card_from_config,
@@ -202,15 +203,20 @@ def _from_pretrained(
 def _new_tensors(model: PreTrainedModel, info: dict[str, Any], head: tuple[str, ...], what: str) -> set[str]:
     """Names of tensors the weights did not bring; raises UserError where one of them is part of the backbone."""
     prefix = f"{model.base_model_prefix}."
+    # CLIP, SigLIP and HGNet-V2 have no module of that name in their classifiers
+    has_base = isinstance(getattr(model, model.base_model_prefix, None), nn.Module)
+    own_head = tuple(f"{path}." for path in find_head(model))
+
+    def is_body(name: str) -> bool:
+        return "pooler" not in name and (name.startswith(prefix) if has_base else not name.startswith(own_head))
+
     mismatched = {entry[0]: entry[1:] for entry in info["mismatched_keys"]}
     missing = set(info["missing_keys"])
-    body = {n for n in model.state_dict() if n.startswith(prefix) and "pooler" not in n and n not in head}
+    body = {n for n in model.state_dict() if is_body(n) and n not in head}
     raise_differences(
         what,
         sorted(missing & body),
-        sorted(n for n in info["unexpected_keys"] if n.startswith(prefix) and "pooler" not in n)
-        if missing & body
-        else [],
+        sorted(filter(is_body, info["unexpected_keys"])) if missing & body else [],
         [f"{n} {mismatched[n]}" for n in sorted(set(mismatched) - set(head))],
     )
     return missing | set(mismatched)

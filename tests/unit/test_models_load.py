@@ -22,6 +22,8 @@ from transformers import (
     BertModel,
     RobertaConfig,
     RobertaForMaskedLM,
+    SiglipConfig,
+    SiglipModel,
 )
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -215,6 +217,18 @@ def test_a_weight_file_for_a_bert_may_be_bare_but_not_incomplete(bert: Path, tmp
     assert "bert.encoder.layer.1.output.LayerNorm.weight" in message
     save_file(source, bert / "model.safetensors", {"format": "pt"})
     assert "bert.encoder.layer.1.output.dense.weight" in refusal(bert)
+
+
+def test_a_classifier_without_a_base_model_inside_may_not_be_incomplete_either(tmp_path: Path) -> None:
+    sizes = {**TINY, "image_size": 32, "patch_size": 8}
+    texts = {**TINY, "projection_size": TINY["hidden_size"]}
+    SiglipModel(SiglipConfig(vision_config=sizes, text_config=texts)).save_pretrained(tmp_path)
+    model, provenance = load(tmp_path)
+    assert provenance.initialized == ("classifier.weight", "classifier.bias")
+    source = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(model.state_dict()[lacks := "vision_model.encoder.layers.1.mlp.fc1.weight"], source.pop(lacks))
+    save_file(source, tmp_path / "model.safetensors", {"format": "pt"})
+    assert f"1 missing from the file: {lacks}" in refusal(tmp_path)
 
 
 def test_a_masked_language_model_becomes_a_classifier(tmp_path: Path) -> None:
