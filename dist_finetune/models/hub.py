@@ -28,6 +28,9 @@ from dist_finetune.models.weights import first_line
 CONFIG_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin"]
 REACH_TIMEOUT_S = 5.0
+# What breaks a download: the base of HfHubHTTPError is that of all errors of the hub's HTTP client, httpx or httpx2,
+# and hf_xet, which moves large files, raises RuntimeError.
+TRANSFER_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError, RuntimeError)
 TIMM_HUB = "hf-hub:"  # before the id of a hub repository in timm's format
 
 
@@ -90,7 +93,7 @@ def hub_folder(repo: str, revision: str | None, patterns: list[str], weights: bo
         raise UserError(f"model.revision {revision}: {repo} has no such branch, tag or commit") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(f"model.name {repo}: the Hugging Face hub has no such model. {suggestions(repo)}") from None
-    except (HfHubHTTPError, OSError) as error:
+    except TRANSFER_ERRORS as error:
         raise UserError(f"model.name {repo}: can't be fetched: {first_line(error)}") from None
     if not any(folder.iterdir()):
         raise UserError(_how_to_bring(repo, online))
@@ -105,7 +108,7 @@ def hub_file(repo: str, names: Sequence[str], what: str) -> Path:
             return Path(hf_hub_download(repo, name, local_files_only=not online))
         except (LocalEntryNotFoundError, EntryNotFoundError):
             continue
-        except (HfHubHTTPError, OSError) as error:
+        except TRANSFER_ERRORS as error:
             raise UserError(f"{what}: {repo} can't be fetched: {first_line(error)}") from None
     why = "" if online else f", and {constants.ENDPOINT} can't be reached (or offline mode is set)"
     raise UserError(

@@ -125,6 +125,26 @@ def test_the_network_is_asked_once_and_not_for_long(monkeypatch: pytest.MonkeyPa
     server.server_close()
 
 
+class HangsUp(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        self.send_error(404)
+
+    def do_GET(self) -> None:
+        self.connection.close()
+
+
+def test_a_hub_that_hangs_up_is_told_of_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HangsUp)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert "org/some-model: can't be fetched: Server disconnected" in refusal("org/some-model")
+    server.shutdown()
+    server.server_close()
+
+
 def test_text_length_is_what_positions_and_tokenizer_both_allow(tmp_path: Path) -> None:
     RobertaConfig(**TINY, max_position_embeddings=514).save_pretrained(tmp_path)
     assert card_of(tmp_path).max_length == 512
