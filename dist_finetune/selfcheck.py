@@ -42,6 +42,7 @@ NEAR_WORDS = (
     "(docs/sameness.md): try another train.seed, or a tenth of train.lr"
 )
 TAIL_CHARACTERS = 1500
+PLAINEST = ("shard.strategy=ddp", "shard.offload=none", "shard.frozen=auto", "shard.deepspeed={}")
 WORD_PHASES = {"lp-ft": 2, "gradual": 4}
 """As many phases as a word for them is checked with: gradual with the head, a part of the blocks, more, and all."""
 
@@ -85,8 +86,8 @@ def check_config(
     output = output_of(spec)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".selfcheck-", dir=output) as folder:
-        fixed = [*overrides, *_comparable(steps), *_shortened(spec, steps), f"output={json.dumps(folder)}"]
-        alone = _train(config, [*fixed, *_plainest(spec), "name=alone"], 1)
+        fixed = [*overrides, *_comparable(spec, steps), *_shortened(spec, steps), f"output={json.dumps(folder)}"]
+        alone = _train(config, [*fixed, *PLAINEST, "name=alone"], 1)
         several = _train(config, [*fixed, "name=several"], num_processes)
         return compare_runs(alone, several, num_processes, "cuda" if available else "cpu")
 
@@ -96,11 +97,12 @@ def _refuse(spec: Spec) -> None:
         raise UserError("selfcheck compares training; it needs a config without task: features and strategy: auto")
 
 
-def _comparable(steps: int) -> list[str]:
+def _comparable(spec: Spec, steps: int) -> list[str]:
     """What makes two runs comparable: no dropout, whose draws differ between ranks, and full precision."""
+    freeze = spec.freeze.model_dump(mode="json", by_alias=True, exclude_unset=True) | {"dtype": None}
     return [
         f"train.max_steps={steps}", "train.precision=fp32", "model.dropout=0.0", "train.early_stop=null",
-        "freeze.dtype=null", "checkpoint.every=1000000 steps", "checkpoint.best=null", "track.wandb=off",
+        f"freeze={json.dumps(freeze)}", "checkpoint.every=1000000 steps", "checkpoint.best=null", "track.wandb=off",
     ]  # fmt: skip
 
 
@@ -116,16 +118,12 @@ def _shortened(spec: Spec, steps: int) -> list[str]:
     short.append(f"data.max_rows={min(rows, spec.data.max_rows or rows)}")
     if isinstance(spec.phases, str):
         return [*short, f"train.epochs={num_phases}"]
-    phases = [phase.model_dump(mode="json", exclude_unset=True) for phase in spec.phases]
+    phases = [phase.model_dump(mode="json", by_alias=True, exclude_unset=True) for phase in spec.phases]
     for phase in phases:
-        phase |= {"epochs": 1, "until": None}
+        phase |= {"epochs": 1, "until": None, "freeze": phase["freeze"] | {"dtype": None}}
         if (phase.get("warmup") or 0) >= share:
             phase["warmup"] = share // 2
     return [*short, f"phases={json.dumps(phases)}"]
-
-
-def _plainest(spec: Spec) -> list[str]:
-    return ["shard.strategy=ddp", "shard.offload=none", "shard.frozen=auto", "shard.deepspeed={}"]
 
 
 def _train(config: str, overrides: Sequence[str], num_processes: int) -> Path:

@@ -11,7 +11,9 @@ from harness import finish, write_config
 from material import Material
 from safetensors.torch import load_file, save_file
 
-from dist_finetune.selfcheck import compare_runs
+from dist_finetune.selfcheck import PLAINEST, _comparable, _shortened, compare_runs
+from dist_finetune.spec import FreezeSpec
+from dist_finetune.spec_file import load_spec
 
 COMMAND = [sys.executable, "-m", "dist_finetune", "selfcheck"]
 
@@ -42,6 +44,17 @@ def test_it_passes_through_all_phases(material: Material, tmp_path: Path, phases
     assert done.returncode == 0, done.stderr[-3000:]
     assert "6 steps on 1 process with ddp and on 2 with zero2: yes, the same numbers" in done.stdout
     assert f"{frozen} frozen tensors compared byte for byte" in done.stdout
+
+
+@pytest.mark.parametrize("freeze", ["backbone", {"rule": "backbone", "dtype": "bf16"}])
+def test_what_it_sets_goes_with_every_way_to_write_a_freeze(material: Material, freeze: Any) -> None:
+    phases = [{"name": "head", "freeze": freeze, "epochs": 5}]
+    plain = material.text(freeze=None)
+    for config in ({**plain, "name": "a", "freeze": freeze}, {**plain, "name": "b", "phases": phases}):
+        spec = load_spec(config)
+        again = load_spec(config, [*_comparable(spec, 5), *_shortened(spec, 5), *PLAINEST])
+        freezes = [phase.freeze for phase in again.phases] or [again.freeze]
+        assert freezes == [FreezeSpec(rule="backbone")]
 
 
 def test_it_refuses_what_it_cannot_compare(material: Material, tmp_path: Path) -> None:
