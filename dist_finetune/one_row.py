@@ -97,8 +97,8 @@ def _norms_with_one_value(model: nn.Module, inputs: Callable[[int], Any]) -> Ite
     try:
         with torch.device("meta"), torch.no_grad():
             forward_logits(model, inputs(1))
-    except (RuntimeError, NotImplementedError):
-        return iter(())  # a model of the user's own may look at values, which meta tensors don't have
+    except Exception:  # a model of the user's own may look at values, which meta tensors don't have, and raise anything
+        return iter(())
     finally:
         for handle in handles:
             handle.remove()

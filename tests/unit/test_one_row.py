@@ -105,3 +105,20 @@ def test_what_it_names_works(tmp_path: Path) -> None:
 )
 def test_it_says_nothing_where_one_row_is_enough(tmp_path: Path, topology: Topology, overrides: list[str]) -> None:
     assert refusal(write_config(tmp_path), topology, "train.micro_batch_size=1", *overrides) is None
+
+
+def test_it_says_nothing_of_a_model_that_can_not_be_run_without_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model_that_looks.py").write_text(
+        "from torch import nn\n"
+        "class Looks(nn.Sequential):\n"
+        "    def forward(self, x):\n"
+        "        x.numpy()\n"  # a TypeError on the meta device
+        "        return super().forward(x)\n"
+        "def looks(num_classes):\n"
+        "    return Looks(nn.Flatten(), nn.Linear(3072, 8), nn.BatchNorm1d(8), nn.Linear(8, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write_config(tmp_path, model={"name": "model_that_looks:looks", "weights": "none"})
+    assert refusal(path, Topology(1, 1, "cpu"), "train.micro_batch_size=1") is None
