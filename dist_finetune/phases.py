@@ -68,7 +68,7 @@ def plan_phases(
         since_phase = {name: earlier.get(name, index) for name in manifest.trainable}
         groups = plan_groups(manifest, structure, train, train.lr or default_lr, since_phase)
         first_step = sum(p.num_steps for p in phases)
-        warmup = _warmup_steps(train, num_steps)
+        warmup = _warmup_steps(phase, train, num_steps)
         notes = lint(manifest, structure, model, train.gradient_checkpointing)
         phases.append(
             PhasePlan(
@@ -102,10 +102,11 @@ def _idle_rates(rates: TrainSpec | PhaseSpec, trained: Collection[str], probes: 
     """A rate for what does not train, as `key: why`; `probes` where head_lr is also that of a linear probe."""
     if rates.head_lr and "head" not in trained and not probes:
         return f"head_lr: {rates.head_lr:g} has no effect, the head is frozen or there is none; remove it or thaw it"
+    if getattr(rates, "layer_decay", None) and not {"embeddings", "block"}.intersection(trained):
+        decay = rates.layer_decay  # type: ignore[union-attr]
+        return f"layer_decay: {decay:g} has no effect, neither blocks nor embeddings train; remove it"
     if set(trained) != {"head"}:
         return None
-    if getattr(rates, "layer_decay", None):
-        return f"layer_decay: {rates.layer_decay:g} has no effect, only the head trains; remove it"  # type: ignore[union-attr]
     if rates.lr and rates.head_lr:
         return f"lr: {rates.lr:g} has no effect beside head_lr, only the head trains; remove one of them"
     return None
@@ -192,8 +193,12 @@ def _compile(phase: PhaseSpec, structure: Structure, model: nn.Module, index: in
         raise UserError(f"phases.{index} ({phase.name}): {error}") from None
 
 
-def _warmup_steps(train: TrainSpec, num_steps: int) -> int:
+def _warmup_steps(phase: PhaseSpec, train: TrainSpec, num_steps: int) -> int:
     warmup = int(train.warmup) if train.warmup >= 1 else int(train.warmup * num_steps)
     if warmup >= num_steps and warmup > 0:
-        raise UserError(f"train.warmup: {warmup} steps leave nothing of {num_steps} steps; use fewer, or a fraction")
+        where = "train.warmup" if phase.warmup is None else f"phases ({phase.name}): warmup"
+        whose = "" if phase.name == "train" else f" of phase {phase.name!r}"
+        raise UserError(
+            f"{where}: {warmup} steps leave nothing of the {num_steps} steps{whose}; use fewer, or a fraction"
+        )
     return warmup

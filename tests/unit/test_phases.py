@@ -106,7 +106,12 @@ def test_lp_ft_probes_first_and_then_keeps_the_configs_freeze() -> None:
             {"freeze": {"embeddings": True}, "train": {"pattern_lr": {"*.word_embeddings.*": 1e-4}}},
             "takes only frozen parameters",
         ),
-        ({"train": {"warmup": 500}}, "train.warmup: 500 steps leave nothing of 30 steps"),
+        ({"train": {"warmup": 500}}, "train.warmup: 500 steps leave nothing of the 30 steps; use fewer"),
+        ({"phases": "gradual", "train": {"warmup": 20}}, "train.warmup: 20 steps leave nothing of the 10 steps of"),
+        (
+            {"phases": [{"name": "a", "freeze": "backbone", "epochs": 1, "warmup": 10}]},
+            "phases (a): warmup: 10 steps leave nothing of the 10 steps of phase 'a'",
+        ),
     ],
 )
 def test_refusals(sections: dict[str, object], message: str) -> None:
@@ -143,7 +148,11 @@ BODY = {"name": "b", "freeze": {"patterns": ["classifier"]}, "epochs": 1}
     ("sections", "message"),
     [
         ({"phases": "lp-ft", "train": {"epochs": 1}}, "has nothing left for that. Give it more than 1"),
-        ({"freeze": "backbone", "train": {"layer_decay": 0.9}}, "train.layer_decay: 0.9 has no effect, only the head"),
+        ({"freeze": "backbone", "train": {"layer_decay": 0.9}}, "train.layer_decay: 0.9 has no effect, neither"),
+        (
+            {"freeze": {"embeddings": True, "layers": "all"}, "train": {"layer_decay": 0.9}},  # pooler and head train
+            "train.layer_decay: 0.9 has no effect, neither blocks nor embeddings train",
+        ),
         ({"freeze": "backbone", "train": {"lr": 1e-5, "head_lr": 1e-3}}, "train.lr: 1e-05 has no effect beside"),
         ({"freeze": {"patterns": ["classifier"]}, "train": {"head_lr": 1e-3}}, "train.head_lr: 0.001 has no effect"),
         ({"phases": [HEAD | {"lr": 1e-5, "head_lr": 1e-3}]}, "phases (a): lr: 1e-05 has no effect beside"),
