@@ -88,7 +88,7 @@ class Plan:
             return None
         least = min(self.memory, key=lambda strategy: self.memory[strategy].needed)
         ways = ["freeze more"]
-        if mine.micro_batch_size > 1:
+        if mine.micro_batch_size > 1 and mine.total < USABLE_SHARE * limit:  # else state alone is too large
             ways.append("a smaller train.micro_batch_size")
         if least != self.strategy:
             ways.append(f"shard.strategy: {least} ({self.memory[least].needed / 2**30:.1f} GiB)")

@@ -111,6 +111,8 @@ def test_offloading_is_shown_and_named_where_nothing_else_fits(folder):
     # weight, master copy, gradient and two moments of each
     assert zero3.total - offloaded.total == pytest.approx(20 * tiny.widest.manifest.num_trainable / 2, rel=0.01)
     assert "offload" not in tiny.misfit
+    eight_rows = {"global_batch_size": 16, "micro_batch_size": 8}
+    assert "a smaller train.micro_batch_size" not in planned(gpus(2, 1), train=eight_rows).misfit  # state is too large
     between = (min(m.needed for m in tiny.memory.values()) + offloaded.needed) / 2
     assert "shard: {strategy: zero3, offload: parameters}" in planned(gpus(2, between / 0.92 / MIB)).misfit
     for section in ({"strategy": "zero3", "offload": "parameters"}, {"strategy": "zero2", "offload": "optimizer"}):
