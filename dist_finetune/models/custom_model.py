@@ -37,7 +37,7 @@ def describe_custom(spec: ModelSpec, location: str, data_image_size: int | None)
     modality = _modality(function, spec.name)
     image = saved_image(folder) if folder and modality == "image" else None
     if modality == "image":
-        size = data_image_size or (image.size[0] if image else int(getattr(function, "image_size", 224)))
+        size = data_image_size or (image.size[0] if image else _whole_number(function, "image_size", 224, spec.name))
         image = ImageInput(
             size=(size, size),
             mean=image.mean if image else tuple(getattr(function, "image_mean", ImageInput.mean)),
@@ -49,7 +49,7 @@ def describe_custom(spec: ModelSpec, location: str, data_image_size: int | None)
         location=location,
         modality=modality,
         image=image,
-        max_length=int(getattr(function, "max_length", 512)) if modality == "text" else None,
+        max_length=_whole_number(function, "max_length", 512, spec.name) if modality == "text" else None,
         pretrained=folder is not None or spec.weights not in ("pretrained", "none"),
         default_lr=TRANSFORMER_LR if modality == "text" else CNN_LR,
     )
@@ -147,6 +147,16 @@ def _function(location: str) -> Callable[..., Any]:
             f"model.name {location}: {module_name} has no function {attribute}. {did_you_mean(attribute, names)}"
         )
     return function
+
+
+def _whole_number(function: Callable[..., Any], attribute: str, default: int, name: str) -> int:
+    value = getattr(function, attribute, default)
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"model.name {name}: its attribute {attribute} is {value!r}; it must be a whole number, such as {default}"
+        ) from None
 
 
 def _modality(function: Callable[..., Any], name: str) -> Literal["text", "image"]:
