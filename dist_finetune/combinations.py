@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def possible_strategies(
-    spec: Spec, strategies: Sequence[Strategy], precision: str, phases: Sequence[PhasePlan]
+    spec: Spec, strategies: Sequence[Strategy], phases: Sequence[PhasePlan]
 ) -> tuple[Strategy, ...]:
     """Those of `strategies` that can do what the spec asks for, in their order.
 
     Raises UserError where the one that it names, or any at all, can't.
     """
-    problems = {s: list(_strategy_problems(spec, s, precision, phases)) for s in strategies}
+    problems = {s: list(_strategy_problems(spec, s, phases)) for s in strategies}
     asked = spec.shard.strategy
     if asked != "auto" and problems[asked]:
         raise UserError(_listed(problems[asked]))
@@ -75,7 +75,7 @@ def _problems(
         yield "train.compile needs a C++ compiler on the CPU, and there is none (g++); install one or leave it out"
 
 
-def _strategy_problems(spec: Spec, strategy: Strategy, precision: str, phases: Sequence[PhasePlan]) -> Iterator[str]:
+def _strategy_problems(spec: Spec, strategy: Strategy, phases: Sequence[PhasePlan]) -> Iterator[str]:
     offload, frozen = spec.shard.offload, spec.shard.frozen
     if offload != "none" and strategy == "ddp":
         yield (

@@ -32,9 +32,7 @@ def is_left_out(record: TensorRecord, frozen_layout: FrozenLayout) -> bool:
     return record.frozen and (frozen_layout == "replicate" or not record.shape)
 
 
-def fsdp_section(
-    structure: Structure, manifest: Manifest, world_size: int, frozen_layout: FrozenLayout, offload: bool
-) -> dict[str, Any]:
+def fsdp_section(manifest: Manifest, world_size: int, frozen_layout: FrozenLayout, offload: bool) -> dict[str, Any]:
     """Elements that rank 0, which holds most, has under FSDP2: its shares of trainable and frozen parameters, what
     stays whole of the latter, and the most that is gathered at once (a group and the next one)."""
     records = [r for r in manifest.records if r.kind == "parameter"]

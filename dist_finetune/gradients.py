@@ -7,11 +7,12 @@ from dist_finetune.errors import UserError
 from dist_finetune.models.sources import forward_logits
 from dist_finetune.tasks.names import TaskName
 from dist_finetune.tasks.task import require_fitting_logits, task_of
-from dist_finetune.world import World, gather_objects
+from dist_finetune.world import gather_objects
 
 
-def require_gradients(model: nn.Module, batch: Batch, world: World, task: TaskName, num_outputs: int) -> None:
+def require_gradients(model: nn.Module, batch: Batch, task: TaskName, num_outputs: int) -> None:
     """One dry pass of one batch on the unsharded model: every trainable parameter must get a gradient, on every rank.
+    Collective.
 
     In eval mode, so that neither random numbers nor running statistics move. Raises UserError for logits that don't fit
     the task, and one that names the parameters outside the loss, which DDP would answer with "Expected to have finished

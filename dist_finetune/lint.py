@@ -32,7 +32,7 @@ def lint(
     save, a frozen head, BatchNorm that still moves its statistics, gradient checkpointing that can't help."""
     first = first_trainable_part(manifest, structure)
     notes = [
-        _first_trainable(manifest, structure, first) if manifest.frozen else None,
+        _first_trainable(structure, first) if manifest.frozen else None,
         _trains_below_frozen(manifest, structure),
         _frozen_head(manifest, structure),
         _batchnorm_trains(manifest, structure, model),
@@ -58,7 +58,7 @@ def below(first: Part, structure: Structure) -> tuple[Part, ...]:
     return structure.parts[: structure.parts.index(first)] if first.kind != "other" else ()
 
 
-def _first_trainable(manifest: Manifest, structure: Structure, first: Part) -> LintNote:
+def _first_trainable(structure: Structure, first: Part) -> LintNote:
     prefix = below(first, structure)
     saved = sum(part.num_params for part in prefix)
     share = 100 * saved / structure.num_params

@@ -215,13 +215,13 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
     phases = plan_phases(spec, structure, model, steps_per_epoch(spec, data.num_rows["train"]), card.default_lr)
     precision = _plan_precision(spec, topology)
     refuse_impossible(spec, topology, precision, structure, phases)
-    strategies = possible_strategies(spec, STRATEGIES, precision, phases)
+    strategies = possible_strategies(spec, STRATEGIES, phases)
     limits = Limits(topology.world_size, topology.device, topology.device_memory_bytes, share)
     costs = plan_costs(
         model,
         structure,
         phases,
-        [way for strategy in strategies for way in _ways(spec, strategy, structure, topology.world_size)],
+        [way for strategy in strategies for way in _ways(spec, strategy, topology.world_size)],
         limits,
         spec.train.micro_batch_size,
         precision != "fp32",
@@ -270,7 +270,7 @@ def with_micro_batch(plan: Plan, tables: Tables, rows: int) -> Plan:
     return replace(again, spec=spec, strategy_reason=plan.strategy_reason, batches=batches)
 
 
-def _ways(spec: Spec, strategy: Strategy, structure: Structure, world_size: int) -> list[Way]:
+def _ways(spec: Spec, strategy: Strategy, world_size: int) -> list[Way]:
     """How a strategy may lay out a phase; under fsdp, frozen weights may lie in two ways."""
     if strategy != "fsdp":
         return [Way(strategy, lambda manifest: zero_section(spec, strategy, manifest))]
@@ -278,7 +278,7 @@ def _ways(spec: Spec, strategy: Strategy, structure: Structure, world_size: int)
     offload = spec.shard.offload == "parameters"
 
     def section(manifest: Manifest, way: FrozenLayout) -> dict[str, Any]:
-        return fsdp_section(structure, manifest, world_size, way, offload)
+        return fsdp_section(manifest, world_size, way, offload)
 
     return [Way(strategy, partial(section, way=way), way) for way in frozen]
 

@@ -55,7 +55,7 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
     apply_freeze(model, phase.manifest)
     digests = digest_frozen(model, phase.manifest)
     rows = job.splits["train"]
-    require_gradients(model, rows.first_batch(), job.world, rows.task, len(rows.classes))
+    require_gradients(model, rows.first_batch(), rows.task, len(rows.classes))
     splits = job.splits
     dropped: dict[str, torch.Tensor] = {}
     started_s = time.perf_counter()

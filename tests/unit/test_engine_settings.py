@@ -265,7 +265,7 @@ def test_frozen_weights_are_copied_where_that_fits_and_shared_out_where_not(conf
 def test_fsdp_counts_the_rows_that_rank_0_gets(config: Path) -> None:
     plan = plan_of(config, "shard.strategy=fsdp", "shard.frozen=shard")
     manifest = plan.phases[0].manifest
-    section = fsdp_section(plan.structure, manifest, 4, "shard", offload=False)
+    section = fsdp_section(manifest, 4, "shard", offload=False)
     share = {True: 0, False: 0}
     for record in manifest.records:
         if record.kind == "parameter":
