@@ -5,7 +5,6 @@ shards optimizer state, stage 2 gradients too, stage 3 the weights too; padding 
 `STATE` has one function a strategy, so that another engine adds a line.
 """
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -282,10 +281,8 @@ def _flat_layout(
     order = list(group)
     if zero.get("round_robin_gradients"):
         order = [n for first in range(world_size) for n in order[first::world_size]]
-    alignment = 16 // math.gcd(16, FP32_BYTES) if zero.get("parameter_alignment") else 1
     sizes = np.array(order, dtype=np.int64)
-    padded = -(-sizes // alignment) * alignment
-    return sizes, np.concatenate([[0], np.cumsum(padded)[:-1]])
+    return sizes, np.concatenate([[0], np.cumsum(sizes)[:-1]])
 
 
 def _elements_overlapping(

@@ -72,11 +72,6 @@ def test_zero_1_and_2_pad_each_group_to_twice_the_world_size():
     assert state_bytes(SMALL, "zero1", 4, ZERO, False).gradients == 4 * 15
 
 
-def test_parameter_alignment_starts_each_parameter_at_16_bytes():
-    aligned = state_bytes(SMALL, "zero1", 1, {**ZERO, "parameter_alignment": True}, False)
-    assert aligned.trainable_weights == 4 * ((8 + 4) + 8)  # 5 -> 8, then 3 with 1 for the group; 7 with 1
-
-
 def test_zero3_pads_each_parameter_to_the_world_size_and_shards_what_is_frozen():
     state = state_bytes(SMALL, "zero3", 4, ZERO, False)
     assert state.trainable_weights == state.gradients == state.masters == 4 * (2 + 1 + 2)
