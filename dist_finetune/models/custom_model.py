@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from dist_finetune.data.image_input import ImageInput
 from dist_finetune.errors import UserError, did_you_mean
@@ -118,6 +119,12 @@ def _call(function: Callable[..., Any], num_classes: int, name: str) -> nn.Modul
         ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model.name {name}: it returned {type(model).__name__}, not a torch.nn.Module")
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    if lazy := [tensor_name for tensor_name, tensor in tensors if is_lazy(tensor)]:
+        raise UserError(
+            f"model.name {name}: {lazy[0]} has no shape before a first forward pass, and plans are made before it; "
+            "write layers with their sizes in place of Lazy ones"
+        )
     return model
 
 

@@ -297,11 +297,14 @@ def test_a_function_of_the_users_own_is_called_with_the_number_of_classes(
         "def sized(num_classes):\n"
         "    return picture(num_classes)\n"
         "sized.image_size = (8, 8)\n"
+        "def lazy(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))\n"
     )
     monkeypatch.chdir(tmp_path)
     card = card_of("user_models_a:picture")
     assert (card.source, card.modality, card.image.size) == ("custom", "image", (8, 8))
     assert "image_size is (8, 8); it must be a whole number, such as 224" in refusal("user_models_a:sized")
+    assert "1.weight has no shape before a first forward pass" in refusal("user_models_a:lazy")
     model = build_model(card, ModelSpec(name="user_models_a:picture"), CLASSES)
     assert forward_logits(model, torch.rand(2, 3, 8, 8)).shape == (2, 3)
     text = card_of("user_models_a:text")
