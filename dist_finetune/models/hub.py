@@ -95,7 +95,7 @@ def hub_folder(repo: str, revision: str | None, patterns: list[str], weights: bo
         raise UserError(f"model.name {repo}: the Hugging Face hub has no such model. {suggestions(repo)}") from None
     except TRANSFER_ERRORS as error:
         raise UserError(f"model.name {repo}: can't be fetched: {first_line(error)}") from None
-    if not any(folder.iterdir()):
+    if not any(folder.iterdir()) or (weights and not online and not has_weights(folder)):
         raise UserError(_how_to_bring(repo, online))
     return folder
 

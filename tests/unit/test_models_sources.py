@@ -18,6 +18,7 @@ from transformers import BertConfig, RobertaConfig, ViTConfig
 from dist_finetune.data.images import ImageInput
 from dist_finetune.errors import UserError
 from dist_finetune.models import hub
+from dist_finetune.models.fetch import weight_files
 from dist_finetune.models.image_size import refuse_image_size
 from dist_finetune.models.on_meta import on_meta
 from dist_finetune.models.sources import build_model, describe_model, forward_logits, load_tokenizer
@@ -100,6 +101,8 @@ def test_a_cached_hub_model_works_without_network(no_network: Path) -> None:
     card = card_of("someone/tiny")
     assert (card.source, card.location, card.max_length) == ("transformers", "someone/tiny", 512)
     assert refusal("someone/tiny", revision="v9")
+    with pytest.raises(UserError, match=r"not \(completely\) in the Hugging Face cache .* run `dist-finetune prepare"):
+        weight_files(card, ModelSpec(name="someone/tiny"))  # a plan fetched its config alone
 
 
 def test_offline_mode_does_not_look_for_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
