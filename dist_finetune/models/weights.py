@@ -57,10 +57,10 @@ def read_weights(path: Path, device: Literal["cpu", "meta"] = "cpu") -> dict[str
             found = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such weight file") from None
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError:  # whose own words are about how to run the code all the same
         raise UserError(
             f"{path}: holds more than tensors, or is damaged. Files that could run code are not loaded: save the "
-            f"model's state_dict() as .safetensors. ({first_line(error)})"
+            "model's state_dict() as .safetensors"
         ) from None
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise UserError(f"{path}: not a readable weight file (truncated?): {first_line(error)}") from None
