@@ -7,6 +7,7 @@ rows from 1, the header aside.
 import csv
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -199,15 +200,29 @@ def _from_columns(path: Path, columns: dict[str, list[Any]], first: int = 1) -> 
 
 
 def _typed(path: Path, name: str, column: list[Any], first: int) -> pa.Array:
+    array = _array(column)
+    if not isinstance(array, Exception):
+        return array
+    # The shortest start of the column that can't be an array ends with the odd cell, however deep in a list it differs.
+    odd = bisect_left(range(len(column)), 1, key=lambda i: isinstance(_array(column[: i + 1]), Exception))
+    cell, alone = f"row {first + odd} holds {column[odd]!r:.80}", _array(column[odd : odd + 1])
+    if isinstance(alone, OverflowError):
+        what = f": {cell}, a whole number beyond 64 bits; write it in quotes"
+    elif isinstance(alone, UnicodeEncodeError):
+        what = f": {cell}, with half of a character (position {alone.start}); remove it"
+    else:
+        what = f" mixes kinds of values: {cell}"
+        if not isinstance(alone, Exception):
+            what += f", earlier rows such as {next(value for value in column if value is not None)!r:.80}"
+    raise UserError(f"{path}: column {name!r}{what}")
+
+
+def _array(cells: list[Any]) -> Any:
+    """The cells as an array, or the exception that says why they can't be one."""
     try:
-        return pa.array(column)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        usual = next(value for value in column if value is not None)
-        odd = next((i for i, v in enumerate(column) if v is not None and type(v) is not type(usual)), 0)
-        raise UserError(
-            f"{path}: column {name!r} mixes kinds of values: row {first + odd} holds {column[odd]!r:.80}, "
-            f"earlier rows such as {usual!r:.80}"
-        ) from None
+        return pa.array(cells)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError) as error:
+        return error
 
 
 def _parquet_pieces(path: Path, num_rows: int | None) -> Iterator[pa.Table]:
