@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
+from datasets import Features
 
 from dist_finetune.data.conll import conll_sentences
 from dist_finetune.errors import UserError, did_you_mean
@@ -59,8 +60,10 @@ def read_pieces(path: Path, columns: Sequence[str] | None = None, num_rows: int 
         elif suffix == ".json":
             yield from _json_pieces(path, num_rows)
         else:
-            yield from _parquet_pieces(path, num_rows) if suffix == ".parquet" else _arrow_pieces(path, num_rows)
-    except (pa.ArrowInvalid, OSError) as error:
+            for table in _parquet_pieces(path, num_rows) if suffix == ".parquet" else _arrow_pieces(path, num_rows):
+                _require_readable(path, table.schema)
+                yield table
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable {suffix} file: {str(error).splitlines()[0]}") from None
 
 
@@ -88,9 +91,7 @@ def _delimited_pieces(
         rows = (_without_end(line).split(delimiter) for line in _lines(path))
     rows = (row for row in rows if row and row != [""])
     names = list(columns) if columns else next(rows, [])
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(f"{path}: two columns are called {repeated[0]!r}; the header has {', '.join(names)}")
+    _refuse_repeated(path, names)
     first = 1
     while piece := list(islice(rows, num_rows)):
         yield _rectangular(path, delimiter, piece, names, first, "data.columns" if columns else "the header")
@@ -244,6 +245,25 @@ def _arrow_pieces(path: Path, num_rows: int | None) -> Iterator[pa.Table]:
     except pa.ArrowInvalid:
         table = pa.ipc.open_file(source).read_all()
     yield from _slices(path, table, num_rows)
+
+
+def _require_readable(path: Path, schema: pa.Schema) -> None:
+    """Raises UserError for columns of one name, or of a kind that `datasets` knows no name for, needed or not."""
+    _refuse_repeated(path, schema.names)
+    for field in schema:
+        try:
+            Features.from_arrow_schema(pa.schema([field]))
+        except (ValueError, NotImplementedError):
+            raise UserError(
+                f"{path}: column {field.name!r} holds {field.type}, which can't be read; leave it out of the file, or "
+                "write it as text"
+            ) from None
+
+
+def _refuse_repeated(path: Path, names: Sequence[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UserError(f"{path}: two columns are called {repeated[0]!r}: {', '.join(names)}")
 
 
 def _slices(path: Path, table: pa.Table, num_rows: int | None) -> Iterator[pa.Table]:

@@ -131,6 +131,20 @@ def test_a_file_of_datasets_keeps_its_features(tmp_path: Path) -> None:
     assert Dataset(read_file(tmp_path / "a.parquet")).features == features
 
 
+def test_columns_that_datasets_can_not_hold_are_named(tmp_path: Path) -> None:
+    """As other tools write them, such as DuckDB's UUID and MAP."""
+    path = tmp_path / "a.parquet"
+    meta = pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64()))
+    pyarrow.parquet.write_table(pa.table({"text": ["a"], "meta": meta}), path)
+    with pytest.raises(UserError, match=r"a\.parquet: column 'meta' holds map<string, int64.*leave it out"):
+        read_file(path)
+    twice = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), twice.schema) as file:
+        file.write_table(twice)
+    with pytest.raises(UserError, match="two columns are called 'text'"):
+        read_file(tmp_path / "a.arrow")
+
+
 def test_conll_files_hold_sentences(tmp_path: Path) -> None:
     plain = "In O\nOslo B-place\n\n\nRain O\n"
     columns = "-DOCSTART- -X- -X- O\n\nIn IN I-PP O\nOslo NNP I-NP B-place\n\nRain NN I-NP O"
