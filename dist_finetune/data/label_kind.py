@@ -39,8 +39,7 @@ _NOT_FINITE = re.compile(r"\s*(nan|[-+]?inf(inity)?)\s*", re.IGNORECASE)
 
 def is_string(table: Dataset, name: str) -> bool:
     """Whether a column holds text, of any Arrow kind of string."""
-    feature = table.features[name]
-    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
+    return _is_text(table.features[name])
 
 
 def is_list(table: Dataset, name: str, of_text: bool = False) -> bool:
@@ -48,8 +47,11 @@ def is_list(table: Dataset, name: str, of_text: bool = False) -> bool:
     feature = table.features[name]
     if not isinstance(feature, List | LargeList):
         return False
-    inner = feature.feature
-    return not of_text or (isinstance(inner, Value) and inner.dtype in ("string", "large_string"))
+    return not of_text or _is_text(feature.feature)
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
 
 
 def probe(table: Dataset, name: str) -> pa.ChunkedArray:

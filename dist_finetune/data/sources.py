@@ -20,6 +20,7 @@ from dist_finetune.data.arrow import column_values, in_memory
 from dist_finetune.data.builtin import read_builtin
 from dist_finetune.data.files import DELIMITERS, SUFFIXES, missing_path, read_file
 from dist_finetune.data.hub import load_from_hub
+from dist_finetune.data.label_kind import is_string
 from dist_finetune.errors import UserError, did_you_mean
 
 # Splits that a role takes when none is named, best first.
@@ -102,8 +103,7 @@ def images_at(paths: Sequence[str], column: str, place: str, first_row: int = 1)
 
 def paths_as_images(source: Source, column: str) -> Dataset:
     """One column of the source, file paths that count from the folder of the file they stand in, as images."""
-    feature = source.table.features[column]
-    if not isinstance(feature, Value) or feature.dtype != "string":
+    if not is_string(source.table, column):
         raise UserError(
             f"{source.names}: data.image={column}: the column holds neither images nor paths of image files"
         )

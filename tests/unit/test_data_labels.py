@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
@@ -76,6 +78,11 @@ def test_lists_are_labels_or_tags(tmp_path: Path) -> None:
     assert tables.columns.text == ("tokens",)
     assert tables.train["label"][0] == [1, 0, 1]
     assert (len(tables.train), len(tables.validation)) == (7, 1)
+    words = pa.array([row["tokens"] for row in tagged()], pa.large_list(pa.string_view()))  # as polars writes them
+    pyarrow.parquet.write_table(
+        pa.table({"tokens": words, "tags": [row["tags"] for row in tagged()]}), tmp_path / "c.parquet"
+    )
+    assert read(str(tmp_path / "c.parquet")).fingerprint == tables.fingerprint
 
 
 def test_a_conll_file_is_one_of_tags(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import datasets
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
@@ -153,6 +154,12 @@ def test_image_paths_in_a_csv_count_from_its_folder(tmp_path: Path) -> None:
     write_csv(tmp_path / "a.csv", [*listed, {"file": "images/ants/9.jpg", "kind": "ants"}])
     message = refusal(train=str(tmp_path / "a.csv"), image="file", label="kind")
     assert "9.jpg: can't be read: No such file" in message
+    paths = pa.array([row["file"] for row in listed], pa.large_string())  # as polars writes them
+    pyarrow.parquet.write_table(
+        pa.table({"file": paths, "kind": [row["kind"] for row in listed]}), tmp_path / "a.parquet"
+    )
+    again = read(train=str(tmp_path / "a.parquet"), image="file", label="kind", validation=0.2)
+    assert again.fingerprint == tables.fingerprint
 
 
 def test_saved_folders_and_their_splits(tmp_path: Path) -> None:
