@@ -61,7 +61,7 @@ def probe(table: Dataset, name: str) -> pa.ChunkedArray:
 
 def are_numbers(cells: Iterable[str | None], share: float = 1.0) -> bool:
     """Whether texts, or such a share of them, are numbers, empty ones and "nan" aside; a .csv file has texts only."""
-    filled = [cell for cell in cells if cell and not _NOT_FINITE.fullmatch(cell)]
+    filled = [cell for cell in cells if cell and cell.strip() and not _NOT_FINITE.fullmatch(cell)]
     numbers = sum(_NUMBER.fullmatch(cell) is not None for cell in filled)
     return numbers > 0 and numbers >= share * len(filled)
 

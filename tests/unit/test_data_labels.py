@@ -192,6 +192,7 @@ def test_numbers_in_a_csv_file(tmp_path: Path) -> None:
     message = refusal(write(tmp_path / "a.csv", rows))
     assert f"no finite number (column 'label'): {tmp_path / 'a.csv'} row 2, row 5" in message
     assert f"label missing (column 'label'): {tmp_path / 'a.csv'} row 3, row 6" in message
+    assert "row 2, row 4, row 6" in refusal(write(tmp_path / "c.csv", labelled(0.5, " ", times=3)))
     message = refusal(write(tmp_path / "b.csv", labelled(0.5, "NA", times=3)), "regression")
     assert f"no number (column 'label'): {tmp_path / 'b.csv'} row 2, row 4, row 6" in message
 
