@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 OUTSIDE = "O"
 _PREFIXED = re.compile(r"[BIESLU]-.+")  # BIO (IOB2), and its kin BIOES and BILOU
-_STARTS, _GOES_ON = "BSU", "IEL"
+_STARTS, _GOES_ON, _ENDS = "BSU", "IEL", "ESLU"
 
 Span = tuple[int, int, str]
 """First word, the word after the last, and kind."""
@@ -53,11 +53,13 @@ def _words(tags: Sequence[str], rows: Sequence[int]) -> Iterator[Span]:
 
 
 def _spans(tags: Sequence[str], rows: Sequence[int]) -> Iterator[Span]:
-    """As conlleval reads them: an "I-" with no entity of its kind before it starts one too."""
-    start, kind = 0, ""
+    """As conlleval reads them: an "I-" with no entity of its kind before it, or one that has ended, starts one too."""
+    start, kind, before = 0, "", ""
     for i, tag in enumerate(tags):
         prefix, _, name = tag.partition("-")
-        is_same = bool(kind) and prefix in _GOES_ON and name == kind and rows[i] == rows[i - 1]
+        is_open = bool(kind) and before not in _ENDS
+        is_same = is_open and prefix in _GOES_ON and name == kind and rows[i] == rows[i - 1]
+        before = prefix
         if kind and not is_same:
             yield start, i, kind
             kind = ""

@@ -110,6 +110,8 @@ def test_spans_begin_and_end_as_conlleval_reads_them() -> None:
     assert spans("O O") == {}
     bioes = ("O", "S-place", "B-place", "I-place", "E-place")
     assert spans("S-place S-place B-place I-place E-place S-place", bioes) == {"place": 4}
+    assert spans("B-place E-place I-place E-place S-place E-place", bioes) == {"place": 4}
+    assert spans("B-place L-place L-place U-place I-place", ("O", *(f"{p}-place" for p in "BILU"))) == {"place": 4}
     assert has_spans(BIO)
     assert not has_spans(("O", "NOUN", "B-place"))
     assert not has_spans(("O",))
