@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from dist_finetune.evaluate import Evaluation
-from dist_finetune.tasks.metrics import share
+from dist_finetune.tasks.metrics import class_counts, share
 from dist_finetune.tasks.names import TaskName
 from dist_finetune.tasks.spans import count_spans
 
@@ -23,20 +25,10 @@ class ClassScore:
 def class_scores(evaluation: Evaluation, task: TaskName, names: Sequence[str]) -> tuple[ClassScore, ...]:
     """A score for each class in the order of the logits, for each kind of entity by name; none for a regression."""
     if task == "classification":
-        from torchmetrics.functional import classification  # which takes seconds to import
-
-        logits, labels, number = evaluation.logits, evaluation.labels, len(names)
-        precision = classification.multiclass_precision(logits, labels, number, average=None).tolist()
-        recall = classification.multiclass_recall(logits, labels, number, average=None).tolist()
-        counts = labels.bincount(minlength=number).tolist()
-        return tuple(map(ClassScore, names, counts, precision, recall))
+        return _scores(names, class_counts(evaluation.logits.argmax(1), evaluation.labels, len(names)))
     if task == "multilabel":
         predicted, true = evaluation.logits >= 0, evaluation.labels > 0.5
-        sums = [(predicted & true).sum(0).tolist(), predicted.sum(0).tolist(), true.sum(0).tolist()]
-        return tuple(
-            ClassScore(name, t, share(right, called), share(right, t))
-            for name, right, called, t in zip(names, *sums, strict=True)
-        )
+        return _scores(names, [(predicted & true).sum(0), predicted.sum(0), true.sum(0)])
     if task == "token-classification":
         tags = evaluation.logits.argmax(1).tolist()
         found = count_spans(tags, evaluation.labels.tolist(), evaluation.rows.tolist(), names)
@@ -44,6 +36,12 @@ def class_scores(evaluation: Evaluation, task: TaskName, names: Sequence[str]) -
             ClassScore(kind, c.true, share(c.right, c.called), share(c.right, c.true)) for kind, c in found.items()
         )
     return ()
+
+
+def _scores(names: Sequence[str], counts: Sequence[Tensor]) -> tuple[ClassScore, ...]:
+    """Of how often each is called so rightly, called so, and true."""
+    rows = zip(names, *(count.tolist() for count in counts), strict=True)
+    return tuple(ClassScore(n, int(true), share(right, called), share(right, true)) for n, right, called, true in rows)
 
 
 def calibration_error(evaluation: Evaluation, task: TaskName) -> float | None:
