@@ -11,6 +11,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
@@ -36,7 +37,11 @@ def open_rgb(image: Mapping[str, Any]) -> Image.Image:
     with Image.open(source) as opened:
         if opened.mode == "P" and "transparency" in opened.info:
             return ImageOps.exif_transpose(opened.convert("RGBA")).convert("RGB")
-        return ImageOps.exif_transpose(opened).convert("RGB")
+        upright = ImageOps.exif_transpose(opened)
+        if upright.mode.startswith("I;16"):
+            # Pillow makes all above 255 of 16 bits white in a grey image; in a coloured one it takes the high byte.
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return upright.convert("RGB")
 
 
 def evaluation_pixels(image: Image.Image, image_input: ImageInput) -> Tensor:

@@ -74,6 +74,13 @@ def test_every_mode_becomes_upright_rgb(kind: str) -> None:
     assert open_rgb(encoded(photo(10, 20), "JPEG", exif=exif)).size == (10, 20)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_grey_of_16_bits_keeps_its_shades(kind: str) -> None:
+    shades = np.arange(0, 2**16, 256, dtype=np.uint16).reshape(16, 16)
+    rgb = np.asarray(open_rgb(encoded(Image.fromarray(shades), kind)))
+    assert (rgb == (shades >> 8)[:, :, None]).all()
+
+
 def test_augmentation_is_of_seed_epoch_and_index_alone(table: Dataset) -> None:
     image_input = ImageInput((24, 24))
     first = ImageRows(table, image_input, augment=True, seed=5)
