@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from rich.markup import escape
-
 from dist_finetune.report import Reporter
 from dist_finetune.world import World
 
@@ -20,4 +18,4 @@ def write_page(folder: Path, world: World, report: Reporter) -> None:
 
         write_report(folder)
     except Exception as error:
-        report.say(escape(f"warning: report.html was not written ({type(error).__name__}: {error})"))
+        report.say(f"warning: report.html was not written ({type(error).__name__}: {error})")
