@@ -87,7 +87,7 @@ def _prepare(spec: Spec, world: World, report: Reporter, signals: StopSignals) -
     require_same_versions()
     on_first(world, lambda: require_trackers(spec.track))
     report.say(f"reading {', '.join(spec.data.train)}")
-    tables = together(lambda: read_tables(spec.data, spec.train.seed, task=spec.label_task))
+    tables = together(lambda: read_tables(spec.data, spec.train.seed, world.is_first, spec.label_task))
     topology = job_topology(world)
     plan = together(lambda: plan_run(spec, topology, tables))
     if spec.train.micro_batch_size == "auto" and world.device.type == "cuda":

@@ -88,7 +88,7 @@ def advice_folder(spec: Spec) -> Path:
 def _advise(spec: Spec, world: World, report: Reporter) -> Advice:
     started_s = time.perf_counter()
     report.say(f"reading {', '.join(spec.data.train)}")
-    tables = together(lambda: class_tables(spec, "advice"))
+    tables = together(lambda: class_tables(spec, "advice", world.is_first))
     labels = column_values(tables.train, "label")
     sampled = sample_tables(tables, spec.train.seed)
     job = _prepare(spec, sampled, world, report)

@@ -65,10 +65,10 @@ class ExtractionCost:
         return self.num_rows / self.seconds if self.seconds else 0.0
 
 
-def class_tables(spec: Spec, what: str) -> Tables:
-    """The splits of a spec. Raises UserError where `what`, which compares classes, is asked of data without any, or
-    with too few rows of them."""
-    tables = read_tables(spec.data, spec.train.seed, task=spec.label_task)
+def class_tables(spec: Spec, what: str, decode_images: bool) -> Tables:
+    """The splits of a spec, as `read_tables` gives them. Raises UserError where `what`, which compares classes, is
+    asked of data without any, or with too few rows of them."""
+    tables = read_tables(spec.data, spec.train.seed, decode_images, spec.label_task)
     require_classification(tables.task, what, tables.columns.label)
     require_rows(column_values(tables.train, "label"))
     return tables
