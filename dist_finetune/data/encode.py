@@ -96,6 +96,12 @@ def _text_rows(
 ) -> Rows:
     max_length = data.max_length or tokenizer.model_max_length
     is_tagged = data.task == "token-classification"
+    num_special = tokenizer.num_special_tokens_to_add("text_pair" in table.column_names)
+    if max_length <= num_special:
+        raise UserError(
+            f"data.max_length: {max_length} leaves no room for text: the tokenizer adds {num_special} tokens to each "
+            "row; give more"
+        )
     encode = (
         partial(encode_words, table, tokenizer, max_length)
         if is_tagged

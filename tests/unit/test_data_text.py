@@ -1,5 +1,6 @@
 """Encoded text equals what the tokenizer gives row by row; batches are padded as models expect."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 
@@ -16,6 +17,7 @@ from transformers import CanineTokenizer, PreTrainedTokenizerBase, PreTrainedTok
 from dist_finetune.data import text
 from dist_finetune.data.encode import encode_table
 from dist_finetune.data.text import collate_text, encode_text
+from dist_finetune.errors import UserError
 from dist_finetune.plan import DataPlan
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghij"]
@@ -97,6 +99,19 @@ def test_only_a_gpu_has_batches_padded_to_eights(
     data = DataPlan({}, ("0", "1"), "text", ("text",), ("label",), "", 14, None, 0)
     rows = encode_table(TABLE, data, None, device, tokenizer)
     assert rows.first_batch()["inputs"]["input_ids"].shape == (2, width)
+
+
+@pytest.mark.parametrize(("table", "num_special"), [(TABLE, 2), (PAIRS, 3)])
+def test_a_length_without_room_for_text_is_refused(
+    tokenizer: PreTrainedTokenizerBase, table: Dataset, num_special: int
+) -> None:
+    """Some tokenizers then cut nothing, others leave their own tokens alone."""
+    data = DataPlan({}, ("0", "1"), "text", ("text",), ("label",), "", num_special, None, 0)
+    with pytest.raises(UserError, match=rf"data\.max_length: {num_special} leaves no room.* adds {num_special} tokens"):
+        encode_table(table, data, None, "cpu", tokenizer)
+    rows = encode_table(table, replace(data, max_length=num_special + 2), None, "cpu", tokenizer)
+    assert rows.lengths is not None
+    assert max(rows.lengths) == num_special + 2
 
 
 def test_left_padding(tokenizer: PreTrainedTokenizerBase) -> None:
