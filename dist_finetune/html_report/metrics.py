@@ -63,7 +63,7 @@ def read_metrics(path: Path) -> Metrics:
 
 def _rows(path: Path, stride: int) -> Iterator[dict[str, Any]]:
     last = ""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file):
             last = line
             if number % stride == 0 or KEPT in line:

@@ -1,6 +1,7 @@
 """What the files of a run say, read without torch: also of a run that was stopped, failed, or goes on."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,15 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> tuple[dict[str, Any], ...]:
+    """The JSON objects of a file; a line that was cut off, as by a full disk, is left out."""
     if not path.exists():
         return ()
     try:
-        return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, ValueError) as error:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
         raise UserError(f"{path}: can't be read: {error}") from None
+    rows = []
+    for line in lines:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return tuple(rows)

@@ -238,6 +238,8 @@ def test_a_run_that_did_not_finish_has_a_page_too(copy: Path, status: str | None
         (copy / "summary.json").write_text(json.dumps({"status": status, "message": message}))
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "train/lo')  # of a killed process
+    with (copy / "attempts.jsonl").open("a") as file:
+        file.write('{"attempt": 2, "st')  # of a full disk
     with pytest.raises(SystemExit) as end:
         main(["report", str(copy)])
     assert end.value.code in (0, None)
