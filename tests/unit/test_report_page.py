@@ -403,6 +403,11 @@ def test_a_model_of_many_parts_keeps_its_labels(tmp_path: Path) -> None:
     assert [f"phase-{p}" for p in range(6)] == [word for word in words if word and word.startswith("phase-")]
 
 
+def test_names_in_any_script_are_drawn_without_a_warning() -> None:
+    text = frozen_parts("parts", ["head"], [("\u7b2c\u4e00", [(0, 10)]), ("\u7b2c\u4e8c", [(10, 0)])])
+    assert ">\u7b2c\u4e00</text>" in text
+
+
 def test_scores_that_are_no_classes_give_no_confusions(tmp_path: Path) -> None:
     folder = tmp_path / "predictions"
     folder.mkdir()
