@@ -1,5 +1,6 @@
 """The tasks by name, their metrics, and which way each is better. Loads no torch."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -29,7 +30,7 @@ def is_better(
     metrics: Mapping[str, float], best: Mapping[str, float] | None, task: TaskName, key: str | None = None
 ) -> bool:
     """True where the metric `key` (such as "eval/f1") is better; without a key, where the task's first metric is, or
-    stayed while the loss fell."""
+    stayed while the loss fell. NaN is worse than any number."""
     if best is None:
         return True
     names = (key.removeprefix("eval/"),) if key else (METRICS[task][0], "loss")
@@ -37,7 +38,8 @@ def is_better(
 
 
 def _score(metrics: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
-    return tuple(-metrics[name] if name in LOWER_IS_BETTER else metrics[name] for name in names)
+    signed = (-metrics[name] if name in LOWER_IS_BETTER else metrics[name] for name in names)
+    return tuple(-math.inf if math.isnan(value) else value for value in signed)
 
 
 def require_metric(key: str | None, task: TaskName) -> None:

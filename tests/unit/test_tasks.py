@@ -148,6 +148,12 @@ def test_what_is_better_depends_on_the_task_or_the_named_metric() -> None:
     assert is_better(worse, better, "regression", "eval/mae")
     assert is_better({"f1": 0.5, "loss": 0.9}, {"f1": 0.5, "loss": 1.0}, "token-classification")
     assert is_better(worse, None, "regression")
+    lost = {"r2": math.nan, "loss": math.nan, "mae": math.nan}
+    for key in (None, "eval/mae"):
+        assert is_better(worse, lost, "regression", key)
+        assert not is_better(lost, worse, "regression", key)
+        assert not is_better(lost, lost, "regression", key)
+    assert is_better({"f1": 0.5, "loss": 1.0}, {"f1": 0.5, "loss": math.nan}, "token-classification")
     assert all("loss" in names for names in METRICS.values())
 
 
