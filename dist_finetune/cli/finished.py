@@ -49,6 +49,8 @@ def predict(
     """Give each row or image of FILE its class and probabilities, or labels, a number or tags, in the input's order."""
     from dist_finetune.inference.predict import predict_file, save_predictions, write_predictions
 
+    if to is not None and to.exists() and file.exists() and to.samefile(file):
+        raise UserError(f"--to {to}: that is FILE itself, which predictions would replace; name another file")
     header = tuple(columns.split(",")) if columns else None
     found = predict_file(run, file, header, id_column)
     if to is None:

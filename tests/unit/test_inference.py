@@ -238,6 +238,11 @@ def test_predictions_come_while_the_file_is_read(
     assert f"empty text (column 'text'): {file} row 25" in message
     code, _, err = ended(capsys, "predict", text_run, file, "--to", tmp_path / "out.jsonl")
     assert (code, [path.name for path in tmp_path.iterdir()]) == (2, ["rows.jsonl"]), err
+    content = '{"text": "rain"}\n'
+    file.write_text(content)
+    code, _, err = ended(capsys, "predict", text_run, file, "--to", tmp_path / "." / "rows.jsonl")
+    assert (code, file.read_text()) == (2, content), "the rows are not replaced by what was made of them"
+    assert "that is FILE itself" in err
 
 
 def test_pairs_and_ids_and_files_without_a_header(
