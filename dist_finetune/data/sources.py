@@ -70,7 +70,7 @@ def read_source(items: Sequence[str], role: str, columns: Sequence[str] | None =
     """
     key = key_of(role)
     names = [path for item in items for path in expand(item, key)]
-    if not names:
+    if not names or not all(names):  # an empty one would be the folder that the process is in
         raise UserError(f"{key} is empty; name a file, a folder, a hub id or builtin:NAME")
     sources = [_read_one(name, role, columns) for name in names]
     first = sources[0]

@@ -413,6 +413,8 @@ def test_wrong_folders_say_what_to_write(tmp_path: Path) -> None:
     assert len(read(train=str(tmp_path / "empty" / "*.csv")).train) == 36
     assert "no file matches" in refusal(train=str(tmp_path / "empty" / "*.tsv"))
     assert "Did you mean topics?" in refusal(train="builtin:topic")
+    for nothing in ("", []):
+        assert "data.train is empty; name a file" in refusal(train=nothing)
 
 
 def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
