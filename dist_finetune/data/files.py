@@ -135,9 +135,11 @@ def _rectangular(
     if ragged:
         number, row = ragged[0]
         more = f" ({len(ragged)} such rows)" if len(ragged) > 1 else ""
+        rule = "A comma separates columns; a field that holds one must be quoted"
+        if delimiter == "\t":
+            rule = "A tab separates columns, a line break rows; write fields that hold either as .csv or .jsonl"
         raise UserError(
-            f"{path}: row {number} has {len(row)} columns, {source} has {len(names)}{more}: {row!r:.200}. "
-            f"{'A tab' if delimiter == chr(9) else 'A comma'} separates columns; a field that holds one must be quoted"
+            f"{path}: row {number} has {len(row)} columns, {source} has {len(names)}{more}: {row!r:.200}. {rule}"
         )
     return pa.table([pa.array(column, pa.string()) for column in zip(*rows, strict=True)], names=names)
 

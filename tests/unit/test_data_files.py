@@ -80,6 +80,7 @@ def test_headerless_and_quoted_line_breaks_and_long_fields(tmp_path: Path) -> No
         ("a.csv", 'text,label\na,1\n"b,0\n', ["malformed row"]),
         ("a.csv", "text,text\na,1\n", ["two columns are called 'text'"]),
         ("a.tsv", "text\tlabel\na\n", ["row 1 has 1 columns", "A tab separates"]),
+        ("a.tsv", 'text\tlabel\n"two\nlines"\t1\n', ["row 1 has 1 columns", "that hold either as .csv or .jsonl"]),
         ("a.csv", "text,label\ncaf\u00e9,1\n".encode("latin-1"), ["byte 14 is not UTF-8"]),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', ["a.jsonl:2:", "not valid JSON"]),
         ("a.jsonl", '{"text": "a"}\n[1]\n', ["row 2 is not an object"]),
