@@ -130,11 +130,14 @@ def num_attempts(folder: Path) -> int:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of a run, or {} where it has none yet."""
+    """summary.json of a run, or {} where it has none yet. Raises UserError where it is damaged."""
     path = folder / "summary.json"
     if not path.exists():
         return {}
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read: {error}; without the file the run counts as unfinished") from None
     return summary
 
 

@@ -201,6 +201,10 @@ def test_what_can_not_be_evaluated_says_so(text_run: Path, material: Material, t
         lambda: evaluate_run(text_run, str(tmp_path / "absent.csv"))
     )
     assert f"Write {text_run}." in refused(lambda: evaluate_run(text_run / "model"))
+    summary = text_run / "summary.json"
+    summary.write_text("{ half")
+    assert f"{summary}: can't be read" in refused(lambda: evaluate_run(text_run))
+    summary.unlink()
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
