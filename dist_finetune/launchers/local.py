@@ -141,12 +141,13 @@ def _launch_once(
     warnings = Warnings(logs)
     workers: list[Worker] = []
     readers: list[tuple[int, int | None, RankLog]] = []
-    with _forward_signals(workers) as received, _reserved_port() as port:
+    with _forward_signals(workers, world_size) as (received, early), _reserved_port() as port:
         try:
-            with _signals_held_back():
-                for rank, log in enumerate(logs):
-                    rank_env = {**env, **_rank_variables(rank, world_size, port)}
-                    workers.append(_start(worker, rank_env, rank, log, readers))
+            for rank, log in enumerate(logs):
+                rank_env = {**env, **_rank_variables(rank, world_size, port)}
+                workers.append(_start(worker, rank_env, rank, log, readers))
+            for number in early:
+                _send(workers, number)
             # Only now, as a process with threads should not fork.
             copying = [copy_in_background(*reader) for reader in readers]
             failed = _wait(workers, logs, warnings, log_folder, log_folder_ready)
@@ -220,11 +221,16 @@ def _start(
 
 
 def _before_worker(parent: int) -> Callable[[], None]:
-    """What a worker does before it becomes Python: it asks Linux to kill it when we die, however we die. An orphan
-    would hold its GPU."""
+    """What a worker does before it becomes Python.
+
+    It holds back the signals that we hand on until it listens to them (`dist_finetune.signals`): one that comes while
+    the interpreter starts would end it, and with it a job that has to answer with exit code 75. And it asks Linux to
+    kill it when we die, however we die: an orphan would hold its GPU.
+    """
     prctl = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else None
 
     def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)
         if prctl is None:
             return
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -235,37 +241,31 @@ def _before_worker(parent: int) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """While workers start. A signal that comes meanwhile is handed on to all of them, when all are there.
-
-    They inherit this, until they listen (`dist_finetune.signals`): a signal that comes while the interpreter starts
-    would end it, and with it a job that has to answer with exit code 75.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _forward_signals(workers: list[Worker]) -> Iterator[list[int]]:
+def _forward_signals(workers: list[Worker], world_size: int) -> Iterator[tuple[list[int], list[int]]]:
     """Hands signals to the workers, who save and end by themselves; their exit code tells how it went. Gives the list
-    of those that came."""
+    of those that came, and of those among them that came before all workers were there, and were handed to none."""
     received: list[int] = []
+    early: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        for worker in workers:
-            if worker.poll() is None:
-                worker.send_signal(number)
+        if len(workers) < world_size:
+            early.append(number)
+        else:
+            _send(workers, number)
 
     before = {number: signal.signal(number, forward) for number in FORWARDED_SIGNALS}
     try:
-        yield received
+        yield received, early
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _send(workers: list[Worker], number: int) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.send_signal(number)
 
 
 def _wait(

@@ -272,7 +272,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, fresh: bool) -> N
     spec = load_spec({**parts, "name": "job", "output": str(tmp_path)})
     run = tmp_path / "job"
     run.write_text("a file")
-    with pytest.raises(UserError, match="job: Not a directory; choose another name"):
+    with pytest.raises(UserError, match="job: Not a directory; choose another output"):
         check_run_folder(spec, fresh, "none")
     run.unlink()
     run.mkdir()
