@@ -5,6 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +35,7 @@ class Reporter:
     def __init__(self, is_first: bool) -> None:
         self._is_first = is_first
         self._metrics: Any = None
+        self._lost_metrics = False
         self._sinks: list[Sink] = []
         self._early: list[str] = []
         # a name such as glue:sst2[train] is no markup
@@ -108,14 +110,26 @@ class Reporter:
         if not self._is_first:
             return
         if self._metrics:
-            self._metrics.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
-            self._metrics.flush()
+            self._write_metrics(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
         for sink in self._sinks:
             sink.log(step, metrics)
         if "train/loss" in metrics:
             self._show_progress(
                 step, f"loss {metrics['train/loss']:.4f}, {metrics['perf/samples_per_s']:.0f} samples/s"
             )
+
+    def _write_metrics(self, line: str) -> None:
+        """A full disk costs metrics, said once, and no training: it may have room again before the next checkpoint."""
+        try:
+            self._metrics.write(line)
+            self._metrics.flush()
+        except OSError as error:
+            if not self._lost_metrics:
+                self._lost_metrics = True
+                self.say(
+                    f"WARNING {self._metrics.name} can't be written: {error.strerror or error}. Training goes on; "
+                    "metrics are missing there until it can be written again"
+                )
 
     def _show_progress(self, step: int, text: str) -> None:
         if self._progress:
@@ -131,12 +145,14 @@ class Reporter:
             sink.finish(summary, exit_code)
         self._sinks = []
         if self._metrics:
-            self._metrics.close()
+            with suppress(OSError):  # a full disk again; the file is closed all the same
+                self._metrics.close()
             self._metrics = None
         logger = logging.getLogger("dist_finetune")
         for handler in list(logger.handlers):
             if isinstance(handler, logging.FileHandler):
-                handler.close()
+                with suppress(OSError):
+                    handler.close()
                 logger.removeHandler(handler)
 
     def __enter__(self) -> Self:

@@ -431,3 +431,14 @@ def test_names_in_brackets_are_said_as_they_are(capsys: pytest.CaptureFixture[st
     report.say(words)
     report.say(Group(words))
     assert capsys.readouterr().out == f"{words}\n{words}\n"
+
+
+def test_a_full_disk_costs_metrics_and_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with Reporter(is_first=True) as report:
+        report.open_files(tmp_path)
+        for step in range(3):
+            report.log(step, {"eval/accuracy": 0.5})
+    told = f"WARNING {tmp_path / 'metrics.jsonl'} can't be written: No space left on device. Training goes on"
+    assert capsys.readouterr().out.count("WARNING") == 1
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").count(told) == 1
