@@ -6,6 +6,7 @@ The only file that starts or ends a process group. Works alone (one process, a n
 
 import os
 import socket
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
-from dist_finetune.errors import DistFinetuneError, UserError
+from dist_finetune.errors import DistFinetuneError, TrainingError, UserError
 from dist_finetune.launchers.environment import (
     LaunchedAs,
     cpu_threads,
@@ -235,7 +237,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 def together(work: Callable[[], T]) -> T:
     """Runs `work` on every rank at once; one rank's failure is everybody's, so that no rank waits for a dead one.
 
-    Raises on every rank the DistFinetuneError of the lowest rank that failed.
+    Raises on every rank the DistFinetuneError of the lowest rank that failed; what a disk refused is one, too.
     """
     with patience():
         result, error = _attempt(work)
@@ -266,6 +268,10 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, DistFinetuneError | None]
         return work(), None
     except DistFinetuneError as error:
         return None, error
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        told = TrainingError(f"{error} (on {socket.gethostname()}). Mend that, and start again the same way")
+        told.add_note("".join(traceback.format_exception(error)))  # for --debug; a cause would not get to other ranks
+        return None, told
 
 
 def _from_first(value: T) -> T:

@@ -1,13 +1,18 @@
 """What a run leaves is whole: tensors that no rank held come back from the base model, or not at all."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from dist_finetune.errors import TrainingError
+from dist_finetune.evaluate import Evaluation
 from dist_finetune.job import Stage
 from dist_finetune.proof import digest_tensor
-from dist_finetune.save import _with_dropped
+from dist_finetune.save import _with_dropped, save_predictions
+from dist_finetune.spec import LaunchSpec
+from dist_finetune.world import join_world, on_first, together
 
 
 @pytest.mark.parametrize("changed", [None, "0.weight", "1.running_mean"])
@@ -27,3 +32,20 @@ def test_what_was_dropped_comes_back_from_the_base_model_as_it_was(changed: str 
     base.state_dict()[changed].view(-1)[0] += 1e-6
     with pytest.raises(TrainingError, match=f"^{changed} of the base model is not what it was at the start"):
         _with_dropped(stage, base, trained)
+
+
+def test_what_a_full_disk_refuses_ends_all_ranks_in_words(tmp_path: Path) -> None:
+    """Ranks that wait for the one that writes would otherwise end with a traceback of their own."""
+    (tmp_path / "validation.safetensors").mkdir()  # so that writing fails
+    numbers = torch.zeros(1, 2)
+    evaluations = {"validation": Evaluation(numbers, numbers.clone(), numbers.clone(), {})}
+    with join_world(LaunchSpec()) as world:
+        for reason, work in (
+            ("Is a directory", lambda: save_predictions(evaluations, tmp_path)),
+            ("No space left on device", lambda: Path("/dev/full").write_text("config", encoding="utf-8")),
+        ):
+            with pytest.raises(TrainingError, match=f"{reason}.* start again the same way") as failed:
+                on_first(world, work)
+            assert "Traceback" in failed.value.__notes__[0], "for --debug"
+            with pytest.raises(TrainingError):
+                together(work)
