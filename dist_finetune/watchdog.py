@@ -151,7 +151,8 @@ def place_of(thread: int) -> tuple[str, bool]:
     if frame is None:
         return "ended", False
     stack = traceback.extract_stack(frame)
-    ours = next((f for f in reversed(stack) if Path(f.filename).parent.name == "dist_finetune"), stack[-1])
+    package = Path(__file__).parent
+    ours = next((f for f in reversed(stack) if Path(f.filename).is_relative_to(package)), stack[-1])
     waits = any(part in stack[-1].filename for part in WAITING_IN)
     innermost = stack[-1]
     inside = "" if innermost is ours else f", inside {Path(innermost.filename).name} line {innermost.lineno}"

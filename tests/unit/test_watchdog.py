@@ -1,0 +1,23 @@
+"""What a rank that hangs is said to be doing."""
+
+import threading
+import time
+from pathlib import Path
+
+from dist_finetune.cache.fill import require_seen
+from dist_finetune.watchdog import place_of
+from dist_finetune.world import _attempt
+
+
+def test_a_rank_is_shown_in_whatever_folder_of_the_package_it_is(tmp_path: Path) -> None:
+    """It waits in cache/fill.py, called from world.py, for a file that another one makes."""
+    waiting = threading.Thread(target=_attempt, args=(lambda: require_seen(tmp_path / "made"),), daemon=True)
+    waiting.start()
+    time.sleep(0.5)
+    try:
+        place, waits = place_of(waiting.ident or 0)
+    finally:
+        (tmp_path / "made").touch()
+        waiting.join()
+    assert place.startswith("fill.py line "), place
+    assert not waits
