@@ -73,7 +73,7 @@ def join_world(launch: LaunchSpec) -> Iterator[World]:
     At the end a group that was made here is gone, so that the interpreter exits without a warning or a hang, and the
     environment is as before: what a notebook starts next must not take itself for a rank of this job. Within another
     `join_world` it is that one's world. Raises UserError where the launcher's variables and the ranks that really
-    arrived disagree, or two ranks share a GPU.
+    arrived disagree, two ranks share a GPU, or a caller's own group takes no tensors of the CPU.
     """
     global _joined
     if _joined:
@@ -94,6 +94,8 @@ def join_world(launch: LaunchSpec) -> Iterator[World]:
             store = meet(found, launch.join_timeout) if found.world_size > 1 else dist.HashStore()
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             open_group(found, store, backend, launch.join_timeout)
+        else:
+            _refuse_group_without_cpu()
         try:
             world = World(
                 found.launcher, found.rank, found.local_rank, found.world_size, found.local_world_size, device
@@ -176,6 +178,16 @@ def _set_cpu_threads(launch: LaunchSpec, found: LaunchedAs) -> None:
         torch.set_num_threads(launch.cpu_threads)
     elif "OMP_NUM_THREADS" not in os.environ or not set_by_user("OMP_NUM_THREADS", found):
         torch.set_num_threads(cpu_threads(found, os.environ, len(os.sched_getaffinity(0))))
+
+
+def _refuse_group_without_cpu() -> None:
+    """Ranks agree at each step on whether to stop, by numbers that are on the CPU."""
+    backends = dist.get_backend_config()
+    if "cpu:" not in backends:
+        raise UserError(
+            f"the process group that is there ({backends}) takes no tensors of the CPU: start it with "
+            'dist.init_process_group("cpu:gloo,cuda:nccl"), or leave it to this package'
+        )
 
 
 def _check_ranks(world: World) -> None:

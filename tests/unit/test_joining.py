@@ -18,6 +18,7 @@ from harness import free_port, outputs
 from dist_finetune import world
 from dist_finetune.errors import UserError
 from dist_finetune.launchers.environment import LaunchedAs, cpu_threads, granted_gpus
+from dist_finetune.spec import LaunchSpec
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
@@ -223,6 +224,21 @@ def test_threads_are_the_same_under_every_launcher(
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(**cpu, **env))
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("threads")] == [f"threads {threads}"] * 2
+
+
+# --- a caller's own group --------------------------------------------------------------------------------------------
+
+
+@without_gpu
+def test_a_group_that_takes_no_tensors_of_the_cpu_is_refused() -> None:
+    """As one of NCCL alone; it is left as it is."""
+    torch.distributed.init_process_group("cuda:gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError, match=r"\(cuda:gloo\) takes no tensors of the CPU.*cpu:gloo,cuda:nccl"):
+            world.join_world(LaunchSpec()).__enter__()
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # --- network ---------------------------------------------------------------------------------------------------------
