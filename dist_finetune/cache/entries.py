@@ -52,10 +52,18 @@ def list_entries(root: Path) -> list[CacheEntry]:
     for folder in _own(root, OWN):
         meta = folder / META
         with suppress(FileNotFoundError):  # not complete, or another job has just evicted it
-            source = json.loads(meta.read_text(encoding="utf-8"))["source"]
+            source = _source(meta)
             size = sum(p.stat().st_size for p in folder.iterdir())
             entries.append(CacheEntry(folder.name, size, meta.stat().st_mtime, source))
     return sorted(entries, key=lambda entry: entry.used)
+
+
+def _source(meta: Path) -> str:
+    """The model that an entry is of. A damaged entry counts too: it takes room, until it is evicted as others are."""
+    try:
+        return str(json.loads(meta.read_text(encoding="utf-8"))["source"])
+    except (ValueError, KeyError, TypeError):
+        return f"damaged: {meta.name} can't be read"
 
 
 def _own(root: Path, names: re.Pattern[str]) -> Iterator[Path]:

@@ -226,6 +226,20 @@ def test_an_entry_that_goes_while_entries_are_listed_is_no_entry(
     assert [e.key for e in list_entries(tmp_path)] == [NEWER]
 
 
+@pytest.mark.parametrize("garbled", [b"{", b"[]", b"{}", b"\xff"])
+def test_an_entry_that_is_damaged_is_listed_and_evicted_as_others_are(tmp_path: Path, garbled: bytes) -> None:
+    entry(tmp_path, OLD, MIB, 1e9)
+    entry(tmp_path, NEWER, MIB, 1.1e9)
+    (tmp_path / OLD / META).write_bytes(garbled)
+    os.utime(tmp_path / OLD / META, (1e9, 1e9))
+    assert [(e.key, e.source) for e in list_entries(tmp_path)] == [
+        (OLD, "damaged: meta.json can't be read"),
+        (NEWER, f"model of {NEWER}"),
+    ]
+    make_room(tmp_path, MIB, quota=int(2.5 * MIB))
+    assert [e.key for e in list_entries(tmp_path)] == [NEWER]
+
+
 def test_what_was_begun_and_given_up_is_removed(tmp_path: Path) -> None:
     for name, age_s in ((f".{OLD}.2x64", 8 * 86400), (f".{OLD}.turn-0", 8 * 86400), (f".{NEWEST}.0123abcd", 60)):
         (tmp_path / name).mkdir()
