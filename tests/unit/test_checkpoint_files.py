@@ -1,9 +1,11 @@
 """A checkpoint is whole or not there: damage by kind, death at every moment of a save, full and read-only disks."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -296,6 +298,23 @@ def test_a_read_only_run_folder(tmp_path: Path, world: World) -> None:
         writer = CheckpointWriter(run, 1, None, world, 60, said.append)
         writer.save(10, tensors(10), {})
         assert "can't be written: Read-only file system" in said[0]
+
+
+@pytest.mark.parametrize(("number", "is_saved"), [(errno.EINVAL, True), (errno.EBADF, True), (errno.EIO, False)])
+def test_a_file_system_that_syncs_no_folders(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, number: int, is_saved: bool
+) -> None:
+    sync = os.fsync
+
+    def refuse(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    said = write(tmp_path / "run", world, 5)
+    assert (said == []) == is_saved
+    assert [folder.name for folder in checkpoint_folders(tmp_path / "run")] == (["step-000005"] if is_saved else [])
 
 
 def test_the_second_save_waits_for_the_first(tmp_path: Path, world: World) -> None:
