@@ -25,8 +25,8 @@ FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def pull(url: str, folder: Path, sent: dict[str, tuple[int, int]] | None = None) -> int:
-    """Copies the files of `url` that `folder` lacks, and returns their number. Checkpoints without manifest stay out.
-    Notes them in `sent`: the storage has them.
+    """Copies the files of `url` that `folder` lacks or has older, and returns their number. Checkpoints without
+    manifest stay out. Notes them in `sent`: the storage has them.
 
     Raises UserError where the storage can't be read.
     """
@@ -37,11 +37,13 @@ def pull(url: str, folder: Path, sent: dict[str, tuple[int, int]] | None = None)
         missing = [
             name
             for name, size in found.items()
-            if _wanted(name, complete) and not ((folder / name).exists() and (folder / name).stat().st_size == size)
+            if _wanted(name, complete) and not _is_as_good(folder / name, size, files, f"{root}/{name}")
         ]
         for name in sorted(missing, key=_manifest_last):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            files.get_file(f"{root}/{name}", str(folder / name))
+            part = (folder / name).with_name(f".{Path(name).name}.part")  # half of one would look new
+            files.get_file(f"{root}/{name}", str(part))
+            part.replace(folder / name)
             state = _state(folder / name)
             if sent is not None and state:
                 sent[name] = state
@@ -77,6 +79,18 @@ def push(url: str, folder: Path, sent: dict[str, tuple[int, int]]) -> int:
         for checkpoint in stored - {_checkpoint(name) for name in present}:
             files.rm(f"{root}/{checkpoint}", recursive=True)
     return count
+
+
+def _is_as_good(here: Path, size: int, files: Any, there: str) -> bool:
+    """Whether the file that is here is the one of the storage, or was written after that: on a disk that outlived its
+    machine's restart, by what had not gone out yet."""
+    state = _state(here)
+    if state is None or state[0] == size:
+        return state is not None
+    try:
+        return state[1] > files.modified(there).timestamp() * 1e9
+    except NotImplementedError:  # not every storage tells
+        return False
 
 
 def _state(path: Path) -> tuple[int, int] | None:

@@ -334,6 +334,42 @@ def test_a_run_folder_survives_its_machine(tmp_path: Path) -> None:
     assert (second / "checkpoints/step-000001/rank-00000.safetensors").read_bytes() == b"x"
 
 
+def test_what_was_written_last_is_kept_on_a_disk_that_outlives_a_restart(tmp_path: Path) -> None:
+    """Not all had gone out; and where another machine took over meanwhile, the storage has the newer."""
+    run, bucket, url = tmp_path / "run", tmp_path / "bucket", f"file://{tmp_path}/bucket"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("1\n")
+    push(url, run, {})
+    sent = (bucket / "metrics.jsonl").stat().st_mtime
+    (run / "metrics.jsonl").write_text("1\n2\n")
+    os.utime(run / "metrics.jsonl", (sent + 5, sent + 5))
+    assert pull(url, run) == 0
+    assert (run / "metrics.jsonl").read_text() == "1\n2\n"
+    (bucket / "metrics.jsonl").write_text("1\n2\n3\n")
+    os.utime(bucket / "metrics.jsonl", (sent + 9, sent + 9))
+    assert pull(url, run) == 1
+    assert (run / "metrics.jsonl").read_text() == "1\n2\n3\n"
+    assert names(run) == ["metrics.jsonl"]
+
+
+def test_half_a_copy_is_no_newer_file(tmp_path: Path) -> None:
+    """Of a machine that is lost while it copies the run folder in."""
+
+    class Breaks(LocalFileSystem):
+        protocol = "breaks"
+
+        def get_file(self, path: str, target: str) -> None:  # type: ignore[override]
+            Path(target).write_bytes(Path(path).read_bytes()[:1])
+            raise ConnectionResetError("the machine is lost")
+
+    fsspec.register_implementation("breaks", Breaks, clobber=True)
+    checkpoint(tmp_path / "bucket", 5)
+    with pytest.raises(UserError, match="the machine is lost"):
+        pull(f"breaks://{tmp_path}/bucket", tmp_path / "run")
+    assert pull(f"file://{tmp_path}/bucket", tmp_path / "run") == 2
+    assert (tmp_path / "run/checkpoints/step-000005/rank-00000.safetensors").read_bytes() == b"x" * 5
+
+
 def test_a_checkpoint_without_its_name_stays_here(tmp_path: Path) -> None:
     """It is complete for a moment before it gets it, and again while it is deleted."""
     checkpoint(tmp_path / "run", 1)
