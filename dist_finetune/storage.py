@@ -167,8 +167,14 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
 def keep(url: str, folder: Path, command: Sequence[str], push_every_s: float = PUSH_EVERY_S) -> int:
     """Runs `command` between a pull and a last push, with pushes meanwhile; returns its exit code. Signals go to it.
 
-    Raises UserError, before `command` starts, where the storage can't be written.
+    Raises UserError, before `command` starts, where the storage can't be written, and for `--fresh`: what that keeps
+    aside here would go from the storage.
     """
+    if "--fresh" in command:
+        raise UserError(
+            f"--fresh would remove the checkpoints of the run that {url} may hold, and start over where a machine is "
+            "replaced: leave it out, and use another URL and name=... for a new run"
+        )
     probe(url)
     sent: dict[str, tuple[int, int]] = {}
     pull(url, folder, sent)

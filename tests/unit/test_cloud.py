@@ -370,6 +370,14 @@ def test_half_a_copy_is_no_newer_file(tmp_path: Path) -> None:
     assert (tmp_path / "run/checkpoints/step-000005/rank-00000.safetensors").read_bytes() == b"x" * 5
 
 
+def test_a_run_that_is_kept_is_not_started_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, url = tmp_path / "run", f"file://{tmp_path}/bucket"
+    checkpoint(tmp_path / "bucket", 5)
+    assert main([url, str(run), "--", "dist-finetune", "train", "c.yaml", "--fresh"]) == 2
+    assert f"--fresh would remove the checkpoints of the run that {url} may hold" in capsys.readouterr().err
+    assert len(names(tmp_path / "bucket")) == 2
+
+
 def test_a_checkpoint_without_its_name_stays_here(tmp_path: Path) -> None:
     """It is complete for a moment before it gets it, and again while it is deleted."""
     checkpoint(tmp_path / "run", 1)
