@@ -61,17 +61,23 @@ class WandbRun:
 
 def require_login(track: TrackSpec) -> None:
     """Raises UserError for `wandb: online` without a login."""
-    if track.wandb == "online" and not _has_login():
+    if track.wandb == "online" and not has_login():
         raise UserError("track.wandb: online needs a login: run `wandb login`, or set WANDB_API_KEY; or use offline")
 
 
-def _has_login() -> bool:
+def has_login() -> bool:
     """Whether there is a key. The server is not asked: a compute node may have no way to it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     wandb = _wandb()
-
-    return bool(wandb.login(prompt=False, verify=False))
+    settings = wandb.setup().settings
+    before, settings.mode = settings.mode, "online"  # where WANDB_MODE is offline, it looks for no key
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except wandb.Error:  # what is there is no key
+        return False
+    finally:
+        settings.mode = before
 
 
 def _wandb() -> Any:
@@ -89,7 +95,7 @@ def start_wandb(track: TrackSpec, folder: Path, name: str, config: dict[str, Any
     if wanted in ("off", "disabled"):
         return None
     wandb = _wandb()
-    is_online = wanted != "offline" and _has_login()
+    is_online = wanted != "offline" and has_login()
     mode: Literal["online", "offline"] = "online" if is_online else "offline"
     saved = folder / ID_FILE
     if not saved.exists():

@@ -12,8 +12,9 @@ import pytest
 import wandb
 
 from dist_finetune import tracking
+from dist_finetune.errors import UserError
 from dist_finetune.spec import TrackSpec
-from dist_finetune.tracking import start_wandb
+from dist_finetune.tracking import require_login, start_wandb
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +45,22 @@ def test_a_server_that_can_not_be_reached_leaves_the_run_offline(
     run.finish({}, exit_code=0)
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert folder.name.endswith(json.loads((tmp_path / tracking.ID_FILE).read_text(encoding="utf-8"))["id"])
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_a_login_is_found_whatever_mode_the_environment_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The config is asked first; a key that is none counts as no login."""
+    monkeypatch.setenv("WANDB_MODE", mode)
+    netrc = tmp_path / "netrc"
+    netrc.touch(0o600)
+    netrc.write_text("machine localhost:9 login user password short", encoding="utf-8")
+    with pytest.raises(UserError, match="online needs a login"):
+        require_login(TrackSpec(wandb="online"))
+    netrc.write_text(f"machine localhost:9 login user password {'a' * 40}", encoding="utf-8")
+    require_login(TrackSpec(wandb="online"))
+    assert wandb.setup().settings.mode == mode
 
 
 def test_auto_leaves_wandb_off_where_its_own_variable_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
