@@ -206,13 +206,14 @@ def disk_finding(spec: Spec | None, plan: Plan | None) -> Finding:
 def most_cache_bytes(plan: Plan) -> int:
     """Bytes that stored activations can take: of all tokens at the model's width, never more than `cache.quota`.
 
-    What a CNN stores is known only once it is cut, so that for images it is the quota.
+    What a CNN stores is known only once it is cut, so that for images it is the quota, as for a model without vectors.
     """
     cache, manifest = plan.spec.cache, plan.widest.manifest
-    if plan.data.max_length is None:
-        return cache.quota
     # Most vectors of a transformer, those of its norms and biases, are as wide as what goes from block to block.
-    width = Counter(record.shape[0] for record in manifest.records if len(record.shape) == 1).most_common(1)[0][0]
+    widths = Counter(record.shape[0] for record in manifest.records if len(record.shape) == 1)
+    if plan.data.max_length is None or not widths:
+        return cache.quota
+    width = widths.most_common(1)[0][0]
     tokens = sum(plan.data.num_rows.values()) * plan.data.max_length
     return min(cache.quota, tokens * width * (2 if cache.dtype == "bf16" else 4))
 

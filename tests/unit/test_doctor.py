@@ -284,6 +284,13 @@ def test_the_cache_counts_where_it_is_on(planned: Plan, monkeypatch: pytest.Monk
 
 
 def test_hub_and_wandb_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_text_model_without_vectors_may_fill_the_quota(planned: Plan) -> None:
+    phase = planned.widest
+    records = tuple(record for record in phase.manifest.records if len(record.shape) != 1)
+    bare = replace(planned, phases=(replace(phase, manifest=replace(phase.manifest, records=records)),))
+    assert most_cache_bytes(bare) == planned.spec.cache.quota
+
+
     for name in ("WANDB_API_KEY", "WANDB_MODE", "HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
