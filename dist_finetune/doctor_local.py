@@ -7,7 +7,6 @@ import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlparse
@@ -23,6 +22,7 @@ from dist_finetune.plan import Plan
 from dist_finetune.preflight import GPUS_MISSING_TODO, gpus_missing
 from dist_finetune.run_folder import output_of
 from dist_finetune.spec import Spec
+from dist_finetune.tracking import has_login
 
 HUB_TIMEOUT_S = 3.0
 SHM_BYTES = 2**30
@@ -251,30 +251,18 @@ def hub_finding() -> Finding:
 
 
 def wandb_finding(spec: Spec | None) -> Finding:
-    """Whether W&B has a login here. The key itself is neither read further nor shown."""
+    """Whether W&B has a login here, by what a run would ask. The key is not shown."""
     wanted = spec.track.wandb if spec else "auto"
     mode = os.environ.get("WANDB_MODE") if wanted == "auto" else None
     if wanted == "off" or mode == "disabled":
         return Finding("ok", "W&B", f"off ({'WANDB_MODE' if mode else 'track.wandb'})")
-    has_login = bool(os.environ.get("WANDB_API_KEY")) or _netrc_login()
-    if wanted == "online" and not has_login:
+    is_logged_in = has_login()
+    if wanted == "online" and not is_logged_in:
         return Finding("fail", "W&B", "track.wandb is online, but there is no login", "run `wandb login` once")
     if "offline" in (mode, wanted):
         return Finding("ok", "W&B", "offline; upload later with `wandb sync`")
-    if not has_login:
+    if not is_logged_in:
         return Finding(
             "warn", "W&B", "no login, so the run stays offline", "run `wandb login` once, or track.wandb=offline"
         )
     return Finding("ok", "W&B", "logged in")
-
-
-def _netrc_login() -> bool:
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    for name in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
-        path = Path(name).expanduser()
-        try:
-            if path.exists() and netrc(path).authenticators(host):
-                return True
-        except (NetrcParseError, OSError):
-            continue
-    return False

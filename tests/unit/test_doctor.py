@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from harness import finish, free_port, outputs
 from job_process import PROGRAMS, accelerate_command, deepspeed_command, mpirun_command, needs_mpirun, torchrun_command
 
@@ -283,7 +284,6 @@ def test_the_cache_counts_where_it_is_on(planned: Plan, monkeypatch: pytest.Monk
     assert (finding.state, "goes on without a cache" in finding.todo) == ("warn", True)
 
 
-def test_hub_and_wandb_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_text_model_without_vectors_may_fill_the_quota(planned: Plan) -> None:
     phase = planned.widest
     records = tuple(record for record in phase.manifest.records if len(record.shape) != 1)
@@ -291,21 +291,27 @@ def test_a_text_model_without_vectors_may_fill_the_quota(planned: Plan) -> None:
     assert most_cache_bytes(bare) == planned.spec.cache.quota
 
 
+def test_hub_and_wandb_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "settings").write_text("[default]\nbase_url = http://wandb.site:8080\n")  # by `wandb login --host`
+    wandb.teardown()  # it remembers its settings
     assert wandb_finding(spec(track={"wandb": "online"})).state == "fail"
     assert wandb_finding(spec(track={"wandb": "off"})).state == "ok"
     assert wandb_finding(None).state == "warn"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert wandb_finding(None) == Finding("ok", "W&B", "off (WANDB_MODE)")
     monkeypatch.delenv("WANDB_MODE")
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123456789\n")
+    (tmp_path / "netrc").write_text(f"machine wandb.site:8080 login user password {'a' * 40}\n")
+    (tmp_path / "netrc").chmod(0o600)
     assert wandb_finding(spec(track={"wandb": "online"})) == Finding("ok", "W&B", "logged in")
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert wandb_finding(None) == Finding("ok", "W&B", "offline; upload later with `wandb sync`")
     assert wandb_finding(spec(track={"wandb": "online"})).text == "logged in", "the config is asked first, as in a run"
+    wandb.teardown()
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         assert hub_finding() == Finding("ok", "hub", "127.0.0.1 can be reached")
