@@ -17,7 +17,7 @@ from dist_finetune.checkpoint.layout import checkpoint_folders
 from dist_finetune.cli import app
 from dist_finetune.errors import UserError
 from dist_finetune.run import train
-from dist_finetune.run_folder import check_run_folder
+from dist_finetune.run_folder import check_run_folder, write_text
 from dist_finetune.spec_file import load_spec
 from dist_finetune.summary import Summary
 
@@ -302,3 +302,10 @@ def test_a_folder_that_was_moved_and_renamed_goes_on(again: tuple[Path, Train]) 
     run.rename(moved)
     spec = load_spec(str(moved / "config.yaml"), [f"output={json.dumps(str(moved.parent))}", "name=renamed"])
     assert train(spec, changes="layout").attempts == 2
+
+
+def test_a_file_that_can_not_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").mkdir()  # so that the rename fails
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path / "plan.json", "{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
