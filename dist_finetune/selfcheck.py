@@ -172,8 +172,9 @@ def compare_runs(alone: Path, several: Path, num_processes: int, device: str) ->
 
 
 def _steps(run: Path) -> list[dict[str, Any]]:
+    """Rows of optimizer steps, without those that `train.max_skipped` left out."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if "train/loss" in row]
+    return [row for row in map(json.loads, lines) if "train/grad_norm" in row]
 
 
 def _frozen_names(run: Path) -> set[str]:

@@ -97,3 +97,13 @@ def test_it_says_where_two_runs_part(tmp_path: Path, changes: dict[str, float], 
     assert f"NO: {found.parted}" in found.lines()
     assert ("by rounding alone" in found.lines()) == (changes.keys() <= {"loss", "logit"} and "nan" not in words)
     assert compare_runs(alone, alone, 2, "cpu").parted is None
+
+
+def test_a_step_that_one_run_left_out_is_told(tmp_path: Path) -> None:
+    """Its row has no gradient norm. Where both left it out they agree."""
+    alone, several = write_run(tmp_path / "alone"), write_run(tmp_path / "several")
+    for run in (alone, several):
+        file = run / "metrics.jsonl"
+        file.write_text(file.read_text().replace(', "train/grad_norm": 1.0', "", 1))
+        found, back = compare_runs(alone, several, 2, "cpu"), compare_runs(several, alone, 2, "cpu")
+        assert found.parted == back.parted == ("the runs took other steps" if run == alone else None)
