@@ -55,7 +55,8 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
     apply_freeze(model, phase.manifest)
     digests = digest_frozen(model, phase.manifest)
     rows = job.splits["train"]
-    require_gradients(model, rows.first_batch(), rows.task, len(rows.classes))
+    setting = f"phases.{phase.index}.freeze.patterns" if job.plan.spec.phases else "freeze.patterns"
+    require_gradients(model, rows.first_batch(), rows.task, len(rows.classes), setting)
     splits = job.splits
     dropped: dict[str, torch.Tensor] = {}
     started_s = time.perf_counter()

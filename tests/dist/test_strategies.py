@@ -127,7 +127,7 @@ def test_a_parameter_without_a_gradient_is_named_on_every_rank(material: Materia
         else:
             for message in messages:
                 assert "2 trainable parameters have no part in the loss: spare.bias, spare.weight" in message, name
-                assert "freeze.patterns=[spare.bias, spare.weight]" in message
+                assert "freeze.patterns=[spare.*]" in message
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp"])

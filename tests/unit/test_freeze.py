@@ -25,8 +25,10 @@ from transformers import (
 from dist_finetune.errors import TrainingError, UserError
 from dist_finetune.freeze import Manifest, apply_freeze, check_frozen_flags, compile_freeze, train_mode
 from dist_finetune.freeze_rules import match_names, ranges
+from dist_finetune.gradients import require_gradients
 from dist_finetune.models.structure import structure_of
-from dist_finetune.spec import FreezeSpec
+from dist_finetune.spec import FreezeSpec, LaunchSpec
+from dist_finetune.world import join_world
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 60}
 
@@ -425,3 +427,38 @@ def test_flags_reset_by_later_surgery_are_noticed() -> None:
 
 def test_ranges() -> None:
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+
+
+class PartlyUsed(nn.Module):
+    """Images go through `body.0` alone, of whose second layer `tied` has the weight too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Linear(2, 2) for _ in range(4)]
+        self.body = nn.ModuleList([nn.ModuleList(layers[:2]), nn.ModuleList(layers[2:])])
+        self.spare = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        self.tied = nn.Linear(2, 2)
+        self.tied.weight = layers[1].weight
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        first, second = self.body[0]
+        return nn.functional.linear(first(pixels), second.weight)
+
+
+def test_patterns_that_freeze_what_is_outside_the_loss_take_all_of_it() -> None:
+    model, batch = PartlyUsed(), {"inputs": torch.ones(3, 2), "labels": torch.tensor([0, 1, 0])}
+    with join_world(LaunchSpec()), pytest.raises(UserError) as refused:
+        require_gradients(model, batch, "classification", 2, "phases.1.freeze.patterns")  # type: ignore[arg-type]
+    told = (
+        "10 trainable parameters have no part in the loss: body.0.1.bias, body.1.0.bias, body.1.0.weight, body.1.1.bias"
+    )
+    assert told in str(refused.value)
+    patterns = str(refused.value).rpartition("phases.1.freeze.patterns=")[2]
+    assert patterns == "[body.0.1.bias, body.1.*, spare.*, tied.bias]"
+    names = [name for name, _ in model.named_parameters()]
+    taken = {name for pattern in patterns.strip("[]").split(", ") for name in match_names(pattern, names)}
+    assert len(taken) == 10
+    for name in taken:
+        model.get_parameter(name).requires_grad_(False)
+    with join_world(LaunchSpec()):
+        require_gradients(model, batch, "classification", 2, "freeze.patterns")  # type: ignore[arg-type]
