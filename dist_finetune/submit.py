@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,9 @@ def _refuse_second_job(folder: Path) -> None:
     file = folder / SUBMISSIONS
     if not file.exists() or shutil.which("squeue") is None:
         return
-    job = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])["job"]
+    job = _last_job(file)
+    if job is None:
+        return
     command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
     try:
         # Of a job that has gone, squeue says nothing or that it knows no such job.
@@ -221,6 +224,14 @@ def _refuse_second_job(folder: Path) -> None:
             f"job {job} of {folder} is still there ({', '.join(states)}), and a second one would write the same run: "
             f"wait for it, end it first (scancel {job}), or make another run with name=..."
         )
+
+
+def _last_job(file: Path) -> str | None:
+    """The last job that a file of submissions names. A full disk may have cut its last line."""
+    for line in reversed(file.read_text(encoding="utf-8").splitlines()):
+        with suppress(ValueError, KeyError, TypeError):
+            return str(json.loads(line)["job"])
+    return None
 
 
 def _submit_slurm(path: Path, folder: Path, first_task: int | None, say: Callable[[str], None]) -> None:

@@ -156,7 +156,13 @@ def test_a_run_whose_job_is_still_there_is_not_submitted_again(place: Path, caps
         assert "is still there (PENDING)" in said
         assert "scancel 4711" in said
     assert "--jobs=4711" in squeue.with_name("squeue.arguments").read_text().splitlines()
-    assert len((place / "runs" / "topics" / "submissions.jsonl").read_text().splitlines()) == 1
+    submissions = place / "runs" / "topics" / "submissions.jsonl"
+    assert len(submissions.read_text().splitlines()) == 1
+    for cut in ('{"time": "2026', "\n\n", "[]"):  # by a full disk
+        submissions.write_text(submissions.read_text() + cut)
+        assert "job 4711 of" in refused(capsys, "--gpus-per-node", "2")[1]
+    submissions.write_text("")
+    run("--gpus-per-node", "2")
     squeue.write_text("#!/bin/sh\n")
     run("--gpus-per-node", "2")
 
