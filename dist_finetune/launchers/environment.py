@@ -122,16 +122,21 @@ def cpu_threads(launched: LaunchedAs, env: Mapping[str, str], num_cores: int) ->
 def set_by_user(name: str, launched: LaunchedAs) -> bool:
     """Whether a variable of this process was there before its launcher started, rather than set by it.
 
-    torchrun (and so `accelerate launch`) sets OMP_NUM_THREADS=1 for several processes. Linux keeps the environment
-    that a process was started with.
+    torchrun (and so `accelerate launch`) sets OMP_NUM_THREADS=1 for several processes.
     """
     if launched.launcher not in ("torchrun", "accelerate launch"):
         return True
+    before = _parents_environment()
+    return before is None or name in before
+
+
+def _parents_environment() -> dict[str, str] | None:
+    """What this process's launcher was started with, which Linux keeps; None where it can't be read."""
     try:
-        before = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        entries = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
     except OSError:
-        return True
-    return any(entry.startswith(f"{name}=".encode()) for entry in before)
+        return None
+    return dict(os.fsdecode(entry).partition("=")[::2] for entry in entries)
 
 
 def refuse_run_in_many(env: Mapping[str, str]) -> None:
@@ -314,7 +319,10 @@ def _check_ranges(launched: LaunchedAs) -> None:
 
 def _refuse_one_of_many(env: Mapping[str, str]) -> None:
     """A single process is right only where nothing around it asked for more."""
-    if env.get("ACCELERATE_MIXED_PRECISION") and env.get("MASTER_ADDR"):
+    # accelerate sets MASTER_ADDR for several; one that was there before it is the site's
+    is_sites = env.get("MASTER_ADDR") == (_parents_environment() or {}).get("MASTER_ADDR")
+    on_cpu = env.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if env.get("ACCELERATE_MIXED_PRECISION") and env.get("MASTER_ADDR") and (on_cpu or not is_sites):
         raise UserError(
             "accelerate launch was asked for several CPU processes, but started one: with --cpu (or a MULTI_CPU "
             "config) it starts more only through mpirun. "

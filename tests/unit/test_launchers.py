@@ -153,6 +153,19 @@ def test_worlds_that_disagree_are_refused(env: dict[str, str], words: str) -> No
     assert words in str(refused.value)
 
 
+@pytest.mark.parametrize(("of_accelerate", "is_one"), [("False", True), ("True", False)])
+def test_an_address_that_the_site_exports_asks_for_no_more_processes(of_accelerate: str, is_one: bool) -> None:
+    """A shell stands for `accelerate launch` of one process: both were started with the site's MASTER_ADDR."""
+    show = "import os; from dist_finetune.launchers.environment import *; print(world_from_environment(os.environ))"
+    sites = {"MASTER_ADDR": "login1", "MASTER_PORT": "29500", "PYTHONPATH": str(Path(__file__).parents[2])}
+    launched = (
+        f"export ACCELERATE_MIXED_PRECISION=no ACCELERATE_USE_CPU={of_accelerate}; {sys.executable} -c '{show}'; :"
+    )
+    done = subprocess.run(["sh", "-c", launched], capture_output=True, text=True, timeout=60, check=False, env=sites)
+    assert ("launcher='none'" in done.stdout) == is_one, done.stderr
+    assert ("accelerate launch was asked for several CPU processes" in done.stderr) != is_one
+
+
 def test_all_ranks_of_an_srun_step_describe_one_world() -> None:
     places = ((0, 0, 0), (1, 0, 1), (2, 0, 2), (3, 0, 3), (4, 1, 0), (5, 1, 1))
     found = [
