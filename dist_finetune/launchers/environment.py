@@ -60,7 +60,7 @@ def world_from_environment(env: Mapping[str, str]) -> LaunchedAs:
     tasks = _tasks(env)
     if any(env.get(name) for name in TORCH_NAMES):
         launched = _from_torch_variables(env)
-        _check_against_tasks(launched, tasks)
+        _check_against_tasks(launched, tasks, env)
     elif tasks and tasks.size > 1:
         launched = _from_tasks(env, tasks)
     else:
@@ -278,13 +278,15 @@ def _slurm_port(env: Mapping[str, str]) -> int:
     return 10_000 + (job * 10 + step) % 20_000
 
 
-def _check_against_tasks(launched: LaunchedAs, tasks: Tasks | None) -> None:
-    """A launcher in each task makes tasks x its processes; variables set by hand make one process a task."""
+def _check_against_tasks(launched: LaunchedAs, tasks: Tasks | None, env: Mapping[str, str]) -> None:
+    """A launcher in each task makes tasks x its processes, or fewer where an elastic torchrun (`--nnodes 1:4`) lost
+    machines; variables set by hand make one process a task."""
     if tasks is None or tasks.size == 1:
         return
     by_hand = launched.launcher == "variables"
     expected = tasks.size if by_hand else tasks.size * launched.local_world_size
-    if launched.world_size != expected:
+    spans_machines = bool(env.get("TORCHELASTIC_RUN_ID")) and env.get("GROUP_WORLD_SIZE", "1") != "1"
+    if launched.world_size != expected and not (spans_machines and launched.world_size < expected):
         raise UserError(
             f"{tasks.starter} started {tasks.size} tasks, but in this one WORLD_SIZE is {launched.world_size} "
             f"({launched.launcher}): that would be separate trainings side by side, not one of {expected} processes. "

@@ -111,6 +111,11 @@ def without(env: dict[str, str], *names: str) -> dict[str, str]:
             LaunchedAs("none"),
         ),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, LaunchedAs("variables")),
+        # An elastic torchrun in each of 4 tasks, of which 2 machines are left.
+        (
+            {**SRUN, **TORCHRUN, "GROUP_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "4"},
+            LaunchedAs("torchrun", 3, 1, 4, 2, 1, "n1", 29500),
+        ),
     ],
 )
 def test_world_of_each_launcher(env: dict[str, str], expected: LaunchedAs) -> None:
@@ -136,7 +141,7 @@ def test_world_of_each_launcher(env: dict[str, str], expected: LaunchedAs) -> No
         ({**MPIRUN, **DEEPSPEED}, "mpirun started 4 tasks, but in this one WORLD_SIZE is 2"),
         # Each node's torchrun on its own (--standalone): 2 tasks, 2 worlds of 2.
         (
-            {**SRUN, **TORCHRUN, "RANK": "1", "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2"},
+            {**SRUN, **TORCHRUN, "RANK": "1", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "2"},
             "separate trainings side by side",
         ),
         (
