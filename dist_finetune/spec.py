@@ -18,6 +18,8 @@ from dist_finetune.spec_launch import CloudSpec, SlurmSpec
 from dist_finetune.tasks.names import TaskName
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
+# Of the 255 that file systems take; commands add to it, as in NAME-features and NAME.20250101-120000-2.
+MAX_NAME_BYTES = 200
 FREEZE_WORDS = ("none", "backbone", "norms", "bias-only", "all-but-last N")
 
 
@@ -312,4 +314,8 @@ class Spec(Section):
     def _one_folder(cls, name: str) -> str:
         if name in {".", ".."} or any(c in name for c in "/\\\0") or any(ord(c) < 32 for c in name):
             raise ValueError(f"{name!r} can't name one folder; use letters, digits, '-', '_' and '.'")
+        if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+            raise ValueError(
+                f"{name!r} takes more than {MAX_NAME_BYTES} bytes of a folder's name (as UTF-8); choose a shorter one"
+            )
         return name

@@ -195,6 +195,11 @@ def test_a_name_is_one_folder(name: str) -> None:
     assert "name" in message_of({**SMALL, "name": name})
 
 
+def test_a_name_leaves_room_in_the_bytes_of_a_folders_name() -> None:
+    assert load_spec({**SMALL, "name": "語" * 66}).name == "語" * 66
+    assert "takes more than 200 bytes" in message_of({**SMALL, "name": "語" * 67})
+
+
 @pytest.mark.parametrize("warmup", [0, 0.1, 1, 250])
 def test_warmup_is_a_fraction_or_whole_steps(warmup: float) -> None:
     assert load_spec({**SMALL, "train": {"warmup": warmup}}).train.warmup == warmup
