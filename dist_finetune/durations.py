@@ -1,9 +1,11 @@
 """Lengths of time and sizes as people write them: "30 min", "90s", "1.5 h", "100GiB"."""
 
+import math
 import re
 from typing import Any
 
 SECONDS_PER_UNIT = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "day": 86400}
+LONGEST_S = 100 * 365 * 86400  # timers that count nanoseconds in 64 bits overflow at 292 years
 
 
 def parse_duration_s(value: Any) -> Any:
@@ -11,11 +13,13 @@ def parse_duration_s(value: Any) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if value <= 0:
             raise ValueError(f"a duration must be above 0, not {value}")
+        if value > LONGEST_S:
+            raise ValueError(f"a duration must be at most {LONGEST_S:,} s (100 years), not {value}")
         return float(value)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*?)s?\s*", str(value).lower())
     if not found or (found[2] or "s") not in SECONDS_PER_UNIT or float(found[1]) <= 0:
         raise ValueError(f'{value!r} is no duration; write a number and s, min, h or day, such as "30 min"')
-    return float(found[1]) * SECONDS_PER_UNIT[found[2] or "s"]
+    return parse_duration_s(float(found[1]) * SECONDS_PER_UNIT[found[2] or "s"])
 
 
 BINARY_UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -28,9 +32,10 @@ def parse_bytes(value: Any) -> Any:
         return value
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", str(value).lower())
     unit = BYTES_PER_UNIT.get(found[2]) if found else None
-    if not found or not unit or float(found[1]) == 0:
+    size = float(found[1]) * unit if found and unit else 0.0
+    if not 0 < size < math.inf:
         raise ValueError(f"{value!r} is no size; write a number and MiB, GiB, MB or GB, such as 80GiB")
-    return int(float(found[1]) * unit)
+    return int(size)
 
 
 def parse_interval(value: Any) -> tuple[float, str]:

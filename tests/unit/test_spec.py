@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dist_finetune.cache.entries import cache_root
-from dist_finetune.durations import parse_duration_s
+from dist_finetune.durations import parse_bytes, parse_duration_s
 from dist_finetune.errors import UserError
 from dist_finetune.run_folder import folder_of
 from dist_finetune.spec import FreezeSpec, Spec
@@ -250,6 +250,17 @@ def test_durations(text: Any, seconds: float) -> None:
 def test_no_durations(text: Any) -> None:
     with pytest.raises(ValueError, match="duration"):
         parse_duration_s(text)
+
+
+@pytest.mark.parametrize("value", [10**400, "9" * 400, "9" * 400 + " h", 1e20])
+def test_durations_beyond_what_timers_count(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"at most 3,153,600,000 s"):
+        parse_duration_s(value)
+
+
+def test_no_size_is_infinite() -> None:
+    with pytest.raises(ValueError, match="is no size"):
+        parse_bytes("9" * 400 + "GiB")
 
 
 def test_resolved_yaml_reads_back_equal(tmp_path: Path) -> None:
