@@ -62,6 +62,13 @@ def _freeze_section(value: Any) -> Any:
     return {"rule": value} if isinstance(value, str) else _section(value)
 
 
+def _no_true_rate(value: Any) -> Any:
+    """As `Section` says of whole keys, for a number inside one."""
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is no learning rate; write a number, such as 1e-4")
+    return value
+
+
 Warmup = Annotated[float, Field(ge=0), AfterValidator(_whole_steps)]
 Layers = Annotated[str | None, BeforeValidator(_as_layers, json_schema_input_type=int | str | list[int | str] | None)]
 Interval = Annotated[
@@ -162,7 +169,7 @@ class TrainSpec(Section):
     """Learning rate of the new head; left out: the same as `lr`."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Multiplies `lr` once more for each block further from the head, counted on the full depth."""
-    pattern_lr: dict[str, Annotated[float, Field(gt=0)]] = {}
+    pattern_lr: dict[str, Annotated[float, BeforeValidator(_no_true_rate), Field(gt=0)]] = {}
     """Learning rate of the parameters that a glob takes, such as {"*.LayerNorm.*": 1e-4}; wins over the others."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: Warmup = 0.06

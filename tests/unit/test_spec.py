@@ -200,6 +200,11 @@ def test_a_name_leaves_room_in_the_bytes_of_a_folders_name() -> None:
     assert "takes more than 200 bytes" in message_of({**SMALL, "name": "語" * 67})
 
 
+def test_true_is_no_learning_rate_of_a_pattern() -> None:
+    message = message_of({**SMALL, "train": {"pattern_lr": {"*.bias": True}}})
+    assert "train.pattern_lr.*.bias: true is no learning rate" in message
+
+
 @pytest.mark.parametrize("warmup", [0, 0.1, 1, 250])
 def test_warmup_is_a_fraction_or_whole_steps(warmup: float) -> None:
     assert load_spec({**SMALL, "train": {"warmup": warmup}}).train.warmup == warmup
