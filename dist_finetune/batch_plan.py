@@ -1,5 +1,6 @@
 """Batch arithmetic: how many rows a rank takes at once, and how many steps an epoch has."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,8 @@ def rows_per_rank(spec: Spec, topology: Topology) -> int:
         )
     share = train.global_batch_size // world_size
     if train.micro_batch_size != "auto" and share % train.micro_batch_size:
-        works = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        small = [n for n in range(1, math.isqrt(share) + 1) if share % n == 0]
+        works = ", ".join(map(str, sorted({*small, *(share // n for n in small)})))
         raise UserError(
             f"train.micro_batch_size: {train.micro_batch_size} does not divide the {share} samples that each of "
             f"{world_size} processes takes a step (global_batch_size {train.global_batch_size}); use one of {works}"

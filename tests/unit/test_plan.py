@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from transformers import BertConfig
 
+from dist_finetune.batch_plan import rows_per_rank
 from dist_finetune.cli import main
 from dist_finetune.data.tables import read_tables
 from dist_finetune.errors import UserError
@@ -118,6 +119,12 @@ def test_offloading_is_shown_and_named_where_nothing_else_fits(folder):
     for section in ({"strategy": "zero3", "offload": "parameters"}, {"strategy": "zero2", "offload": "optimizer"}):
         assert planned(gpus(2, None), shard=section).costs.offloaded is None
     assert planned(Topology(1, 2, "cpu")).costs.offloaded is None
+
+
+def test_a_micro_batch_that_divides_nothing_names_those_that_do_at_once(folder):
+    spec = spec_of(folder, train={"global_batch_size": 2**59, "micro_batch_size": 3})
+    with pytest.raises(UserError, match=rf"does not divide the {2**58} samples .* use one of 1, 2, 4, .*, {2**58}$"):
+        rows_per_rank(spec, gpus(2, None))
 
 
 def test_ranks_of_different_devices_plan_for_the_weakest(folder):
