@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from dist_finetune.errors import UserError, did_you_mean, nearest
 from dist_finetune.spec import Spec
@@ -64,8 +65,18 @@ def resolved_yaml(spec: Spec) -> str:
     out = StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
-    yaml.dump(spec.model_dump(mode="json", by_alias=True), out)
+    yaml.dump(_quoted(spec.model_dump(mode="json", by_alias=True)), out)
     return out.getvalue()
+
+
+def _quoted(node: Any) -> Any:
+    """`node` with double quotes asked for around texts that hold U+0085: elsewhere the YAML library writes it as it is,
+    and reads it back as a line break."""
+    if isinstance(node, dict):
+        return {_quoted(key): _quoted(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_quoted(value) for value in node]
+    return DoubleQuotedScalarString(node) if isinstance(node, str) and "\x85" in node else node
 
 
 def _read_yaml(path: Path) -> CommentedMap:

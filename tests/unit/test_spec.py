@@ -281,6 +281,16 @@ def test_resolved_yaml_reads_back_equal(tmp_path: Path) -> None:
     assert load_spec(write(tmp_path, resolved_yaml(spec))) == spec
 
 
+@pytest.mark.parametrize("text", ["a{}b", "{}", "a {} b", "b{}", "# {}", "x" * 90 + " y{}z"])
+@pytest.mark.parametrize("char", ["\x85", "\u2028", "\u2029", "\ufeff", "\xa0", "\r", "\x0b", "\x7f", "\x9f", "😀"])
+def test_odd_characters_read_back_equal(char: str, text: str, tmp_path: Path) -> None:
+    text = text.format(char)
+    spec = load_spec({**SMALL, "data": {"train": [text], "label": text}, "train": {"pattern_lr": {f"{char}.*": 1.0}}})
+    path = tmp_path / "c.yaml"
+    path.write_text(resolved_yaml(spec), encoding="utf-8")
+    assert load_spec(path) == spec
+
+
 @pytest.mark.parametrize("every", ["200 steps", "1000000 steps", "0.3333333 epochs", "0.00001 epochs", "12 days"])
 def test_every_interval_reads_back_equal(every: str, tmp_path: Path) -> None:
     spec = load_spec({**SMALL, "checkpoint": {"every": every}})
