@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from inspect import signature
 
 from torch import nn
 
@@ -29,6 +30,10 @@ def find_head(model: nn.Module, calls: Calls | None = None) -> tuple[str, ...]:
 def _classifier(model: nn.Module, prefix: str = "") -> tuple[str, ...]:
     """Paths of what a timm model says its classifier is (some have two, such as distilled DeiT)."""
     if not callable(get_classifier := getattr(model, "get_classifier", None)):
+        return ()
+    try:
+        signature(get_classifier).bind()
+    except TypeError:  # takes arguments: a method of the user's own, for something else
         return ()
     found = get_classifier()
     wanted = [id(m) for m in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(m, nn.Module)]

@@ -437,6 +437,16 @@ def test_blocks_of_two_classes_that_take_turns_are_numbered_through() -> None:
     assert structure_of(model).depth == 3
 
 
+def test_a_get_classifier_that_takes_arguments_is_none_of_timms() -> None:
+    class Own(nn.Sequential):
+        def get_classifier(self, name: str) -> nn.Module:
+            return self.get_submodule(name)
+
+    head = part(structure_of(Own(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))), "head")
+    assert head is not None
+    assert head.parameters == ("2.weight", "2.bias")
+
+
 def test_a_model_it_cannot_map_is_said_so() -> None:
     model = nn.Module()
     model.left = nn.Bilinear(4, 4, 4)
