@@ -134,6 +134,7 @@ def _batchnorm_trains(manifest: Manifest, structure: Structure, model: nn.Module
     touched = {part.label for part in structure.parts if frozen.intersection(part.parameters)}
     moving: list[str] = []
     labels: list[str] = []
+    reasons: list[str] = []
     for path, module in model.named_modules():
         if not isinstance(module, _BatchNorm) or module.running_mean is None:
             continue
@@ -144,9 +145,11 @@ def _batchnorm_trains(manifest: Manifest, structure: Structure, model: nn.Module
         if part.label in touched:
             moving.append(path)
             labels.append(part.label)
+            owns = any(True for _ in module.parameters())
+            reasons.append("their own weight or bias trains" if owns else "they have no weight that could be frozen")
     if not moving:
         return None
-    reason = "freeze.mode is train" if manifest.mode == "train" else "their own weight or bias trains"
+    reason = "freeze.mode is train" if manifest.mode == "train" else " or ".join(dict.fromkeys(reasons))
     where = ", ".join(dict.fromkeys(labels))
     text = (
         f"{len(moving)} BatchNorm layers in {where}, which are frozen in whole or in part, keep updating their running "

@@ -106,7 +106,11 @@ def test_batchnorm_that_keeps_moving() -> None:
     by_bias = notes_of(resnet(), embeddings=True, layers="0", **{"except": ["*.bias"]})["batchnorm-trains"]
     assert "5 BatchNorm layers" in by_bias
     assert "first: bn1" in by_bias
+    assert "because their own weight or bias trains (" in by_bias
     assert "batchnorm-trains" not in notes_of(resnet(), embeddings=True, layers="0")
+    block = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.Conv2d(8, 8, 3))
+    bare = notes_of(nn.Sequential(block, nn.Linear(8, 2)), patterns=["0.0.*"])["batchnorm-trains"]
+    assert "because they have no weight that could be frozen (first: 0.1)" in bare
 
 
 def test_gradient_checkpointing_that_cannot_help() -> None:
