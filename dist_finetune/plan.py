@@ -95,7 +95,8 @@ class Plan:
         offloaded = self.costs.offloaded
         if offloaded and offloaded.fits and not self.memory[least].fits:
             ways.append(f"shard: {{strategy: zero3, offload: parameters}} ({offloaded.needed / 2**30:.1f} GiB)")
-        if self.topology.world_size > 1 and self.strategy == least:
+        shares = self.strategy != "ddp" or (self.spec.shard.strategy == "auto" and len(self.memory) > 1)
+        if shares and (self.topology.world_size == 1 or self.strategy == least):
             ways.append("more GPUs")
         return (
             f"{self.strategy} needs {mine.needed / 2**30:.1f} GiB a GPU"

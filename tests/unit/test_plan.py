@@ -127,6 +127,16 @@ def test_a_micro_batch_that_divides_nothing_names_those_that_do_at_once(folder):
         rows_per_rank(spec, gpus(2, None))
 
 
+def test_more_gpus_are_offered_where_they_would_share_what_does_not_fit(folder):
+    def ways(count: int, strategy: str) -> str:
+        return str(make_plan(spec_of(folder, shard={"strategy": strategy}), gpus(count, 1)).misfit)
+
+    for count in (1, 2):
+        assert "or more GPUs" in ways(count, "auto")
+        assert "more GPUs" not in ways(count, "ddp")  # each would hold as much
+    assert "or more GPUs" in ways(1, "zero3")
+
+
 def test_ranks_of_different_devices_plan_for_the_weakest(folder):
     ranks = [
         Topology(1, 2, "cuda", 80 * 1024 * MIB, supports_bf16=True),
