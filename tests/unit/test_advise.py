@@ -144,6 +144,12 @@ def test_nothing_is_trained_where_the_probe_leaves_nothing_to_win() -> None:
     assert "next to nothing to win" in found.reasons[2]
 
 
+def test_a_perfect_score_on_few_rows_may_be_luck() -> None:
+    probes = tuple(replace(probe, accuracy=1.0, standard_error=0.25) for probe in evidence(RISING, 4).probes)
+    found = judge(replace(evidence(RISING, 4), probes=probes), of_depth(4), 5e-5)
+    assert "too few rows to train layers with" in found.reasons[2]
+
+
 @pytest.mark.parametrize("name", ["features-last", "features-best", "fine-tune-top", "fine-tune-all"])
 @pytest.mark.parametrize("depth", [1, 4, 24])
 def test_every_choice_is_a_valid_config(name: str, depth: int) -> None:
