@@ -12,6 +12,7 @@ from dist_finetune.doctor_local import Finding, local_findings
 from dist_finetune.doctor_ranks import rank_findings, shared_folder_finding
 from dist_finetune.engine import open_accelerator
 from dist_finetune.errors import DistFinetuneError, UserError
+from dist_finetune.home import expand_home
 from dist_finetune.launchers.environment import world_from_environment
 from dist_finetune.plan import Plan, for_planning, make_plan
 from dist_finetune.run_folder import output_of
@@ -81,7 +82,7 @@ def _examine_together(spec: Spec | None, world: World, findings: list[Finding]) 
     findings += _merged(gather_objects((socket.gethostname(), local)))
     output = (output_of(spec) if spec else Path("runs")).absolute()
     findings.append(shared_folder_finding(world, "run folder", output, must_share=True))
-    cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = expand_home(os.environ.get("HF_HOME", "~/.cache/huggingface"))
     findings.append(shared_folder_finding(world, "hub cache", cache, must_share=False))
 
 

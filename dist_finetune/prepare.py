@@ -23,6 +23,7 @@ from dist_finetune.data.encode import encode_splits
 from dist_finetune.data.sources import expand, hub_parts
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.errors import UserError
+from dist_finetune.home import expand_home
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.custom_model import custom_tokenizer_location
 from dist_finetune.models.demo import EFFICIENTNET
@@ -135,7 +136,7 @@ def remote_names(spec: Spec) -> list[str]:
     names = [spec.model.name] if _is_remote(card, spec) else []
     if card.source == "custom" and card.modality == "text":
         location = custom_tokenizer_location(card)
-        names += [] if Path(location).expanduser().is_dir() else [location]
+        names += [] if expand_home(location).is_dir() else [location]
     return list(dict.fromkeys([*names, *_hub_data(spec.data)]))
 
 
@@ -156,7 +157,7 @@ def places() -> dict[str, str]:
 
 
 def _is_remote(card: ModelCard, spec: Spec) -> bool:
-    if saved_folder(card.location) or Path(card.location).expanduser().is_dir():
+    if saved_folder(card.location) or expand_home(card.location).is_dir():
         return False
     if card.source == "transformers" or card.location.startswith(TIMM_HUB):
         return True
@@ -192,7 +193,7 @@ def _data_files(item: str) -> list[Path]:
         namespace, _, name = str(hub["id"]).rpartition("/")
         folder = datasets.naming.camelcase_to_snakecase(name)
         item = str(Path(datasets.config.HF_DATASETS_CACHE) / (f"{namespace}___{folder}" if namespace else folder))
-    path = Path(item.partition("[")[0]).expanduser()
+    path = expand_home(item.partition("[")[0])
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
     return [path] if path.is_file() else []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dist_finetune.errors import UserError
+from dist_finetune.home import expand_home
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import resolved_yaml
 
@@ -50,7 +51,7 @@ PACKAGES = (
 
 def output_of(spec: Spec) -> Path:
     """The folder of all runs. `~` is the home of whoever runs this here: YAML, unlike a shell, leaves it as it is."""
-    return Path(spec.output).expanduser()
+    return expand_home(spec.output)
 
 
 def folder_of(spec: Spec) -> Path:

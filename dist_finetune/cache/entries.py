@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_finetune.home import expand_home
 from dist_finetune.run_folder import output_of
 from dist_finetune.spec import Spec
 
@@ -43,7 +44,7 @@ def hash_of(value: Any) -> str:
 
 def cache_root(spec: Spec) -> Path:
     """The folder that holds the entries of a run: `cache.folder`, else <output>/.cache."""
-    return Path(spec.cache.folder).expanduser() if spec.cache.folder else output_of(spec) / ".cache"
+    return expand_home(spec.cache.folder) if spec.cache.folder else output_of(spec) / ".cache"
 
 
 def list_entries(root: Path) -> list[CacheEntry]:

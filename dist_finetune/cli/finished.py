@@ -10,6 +10,7 @@ import typer
 
 from dist_finetune.cli.options import RunFolder, show
 from dist_finetune.errors import UserError
+from dist_finetune.home import expand_home
 
 
 def evaluate(
@@ -119,7 +120,7 @@ def cache(
     """List or delete stored activations of frozen prefixes."""
     from dist_finetune.cache.entries import clear, list_entries
 
-    folder = folder.expanduser()  # a shell leaves it in --folder=~/x
+    folder = expand_home(folder)  # a shell leaves it in --folder=~/x
     if action == "clear":
         typer.echo(f"{clear(folder) / 2**20:,.1f} MiB freed in {folder}")
         return

@@ -22,6 +22,7 @@ from dist_finetune.data.files import DELIMITERS, SUFFIXES, missing_path, read_fi
 from dist_finetune.data.hub import load_from_hub
 from dist_finetune.data.label_kind import is_string
 from dist_finetune.errors import UserError, did_you_mean
+from dist_finetune.home import expand_home
 
 # Splits that a role takes when none is named, best first.
 HELD_OUT = ("validation", "val", "valid", "dev", "test")
@@ -108,7 +109,7 @@ def paths_as_images(source: Source, column: str) -> Dataset:
             f"{source.names}: data.image={column}: the column holds neither images nor paths of image files"
         )
     paths = column_values(source.table, column)
-    folders = [Path(name).expanduser().parent for name, num_rows in source.files for _ in range(num_rows)]
+    folders = [expand_home(name).parent for name, num_rows in source.files for _ in range(num_rows)]
     cells = [path and {"bytes": None, "path": str(folder / path)} for folder, path in zip(folders, paths, strict=True)]
     return Dataset.from_dict({column: cells}, features=Features({column: ImageFeature()}))
 
@@ -118,15 +119,15 @@ def _read_one(item: str, role: str, columns: Sequence[str] | None) -> Source:
     if item.startswith("builtin:"):
         table = read_builtin(item.removeprefix("builtin:"))
         return Source(table, ((item, len(table)),))
-    path = Path(item).expanduser()
+    path = expand_home(item)
     if path.is_file():
         table = in_memory(read_file(path, columns if path.suffix.lower() in DELIMITERS else None))
         return Source(table, ((item, len(table)),))
     if path.is_dir():
         return _read_folder(path, item, role, split=None)
     saved = _SAVED.fullmatch(item)
-    if saved and saved["split"] and Path(saved["folder"]).expanduser().is_dir():
-        return _read_folder(Path(saved["folder"]).expanduser(), item, role, saved["split"])
+    if saved and saved["split"] and expand_home(saved["folder"]).is_dir():
+        return _read_folder(expand_home(saved["folder"]), item, role, saved["split"])
     hub = hub_parts(item)
     if hub is None:
         raise missing_path(path, key)
@@ -136,8 +137,8 @@ def _read_one(item: str, role: str, columns: Sequence[str] | None) -> Source:
 
 def hub_parts(item: str) -> dict[str, str | None] | None:
     """The id, config and split of an item that can only be a hub id; None for what is here, or was meant as a path."""
-    path, saved, hub = Path(item).expanduser(), _SAVED.fullmatch(item), _HUB_ID.fullmatch(item)
-    is_saved = saved is not None and Path(saved["folder"]).expanduser().is_dir()
+    path, saved, hub = expand_home(item), _SAVED.fullmatch(item), _HUB_ID.fullmatch(item)
+    is_saved = saved is not None and expand_home(saved["folder"]).is_dir()
     # A name with a data suffix, or below a folder that exists here, was meant as a path.
     is_path = (
         _suffix(item) in SUFFIXES
@@ -153,7 +154,7 @@ def expand(item: str, key: str) -> list[str]:
     """The files of a glob such as `data/*.csv`, sorted; any other item as it is."""
     if not re.search(r"[*?]", item):
         return [item]
-    found = sorted(glob.glob(str(Path(item).expanduser())))  # noqa: PTH207 - a pattern may be absolute
+    found = sorted(glob.glob(str(expand_home(item))))  # noqa: PTH207 - a pattern may be absolute
     if not found:
         raise UserError(f"{key}: no file matches {item} (looked from {Path.cwd()})")
     return found

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from dist_finetune.errors import UserError
+from dist_finetune.home import expand_home
 from dist_finetune.launchers.cloud_job import RUNS
 from dist_finetune.spec import Spec
 
@@ -48,8 +49,8 @@ def _paths(name: str, working_folder: Path) -> list[Path]:
     """Where on this machine a name points to, read as `data.sources` reads it: `~`, the files of a glob, a saved folder
     with one of its splits. None for what is not here, such as a hub id."""
     if re.search(r"[*?]", name):
-        return [Path(found) for found in glob.glob(str(Path(name).expanduser()), root_dir=working_folder)]  # noqa: PTH207
-    whole, without_split = Path(name).expanduser(), Path(re.sub(r"\[[\w.+-]+\]$", "", name)).expanduser()
+        return [Path(found) for found in glob.glob(str(expand_home(name)), root_dir=working_folder)]  # noqa: PTH207
+    whole, without_split = expand_home(name), expand_home(re.sub(r"\[[\w.+-]+\]$", "", name))
     return [path for path in (whole, without_split) if (working_folder / path).exists()][:1]
 
 

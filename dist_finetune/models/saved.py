@@ -7,6 +7,7 @@ from typing import Any
 
 from dist_finetune.data.image_input import ImageInput
 from dist_finetune.errors import UserError
+from dist_finetune.home import expand_home
 from dist_finetune.models.card import ModelCard
 from dist_finetune.tasks.names import TaskName
 
@@ -56,7 +57,7 @@ def saved_for(folder: Path) -> tuple[TaskName, tuple[str, ...]]:
 
 def saved_folder(location: str) -> Path | None:
     """The folder, where `location` is one; None for an architecture's name or a function."""
-    path = Path(location).expanduser()
+    path = expand_home(location)
     return path if (path / FILE).is_file() else None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_finetune.errors import UserError
+from dist_finetune.home import expand_home
 from dist_finetune.models import custom_model, saved
 from dist_finetune.models.card import ModelCard, Source
 from dist_finetune.models.config_json import read_json
@@ -108,7 +109,7 @@ def _locate(spec: ModelSpec) -> tuple[Source, str]:
                 efficientnet_file()  # its absence is told before a plan is made
             return "timm", EFFICIENTNET_ARCHITECTURE
         return "transformers", str(minilm_folder())
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if path.is_dir():
         return _locate_in(path, name), str(path)
     if FUNCTION.fullmatch(name):
@@ -135,7 +136,7 @@ def _locate_in(folder: Path, name: str) -> Source:
 
 
 def _refuse_idle_options(spec: ModelSpec, source: Source, location: str) -> None:
-    local = source in ("torchvision", "custom") or spec.name.startswith("demo:") or Path(location).expanduser().is_dir()
+    local = source in ("torchvision", "custom") or spec.name.startswith("demo:") or expand_home(location).is_dir()
     if spec.revision is not None and (local or (source == "timm" and not location.startswith(TIMM_HUB))):
         raise UserError(
             f"model.revision {spec.revision}: only a hub id has revisions, and {spec.name} is none; leave it out"

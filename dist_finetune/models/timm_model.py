@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dist_finetune.data.image_input import ImageInput
 from dist_finetune.errors import UserError, did_you_mean, nearest
+from dist_finetune.home import expand_home
 from dist_finetune.models.card import CNN_LR, TRANSFORMER_LR, ModelCard, Provenance
 from dist_finetune.models.config_json import PROBLEM_TYPES, task_of_problem
 from dist_finetune.models.demo import EFFICIENTNET, efficientnet_file, efficientnet_state
@@ -229,14 +230,14 @@ def _folder_config(folder: Path) -> dict[str, Any]:
 
 
 def _is_folder_like(location: str) -> bool:
-    return location.startswith(TIMM_HUB) or Path(location).expanduser().is_dir()
+    return location.startswith(TIMM_HUB) or expand_home(location).is_dir()
 
 
 def _folder(location: str, revision: str | None, weights: bool = False) -> Path | None:
     """The local folder of a location that is one, or a hub repository; None for an architecture's name."""
     if location.startswith(TIMM_HUB):
         return hub_folder(location.removeprefix(TIMM_HUB), revision, ["config.json"], weights)
-    return Path(location).expanduser() if _is_folder_like(location) else None
+    return expand_home(location) if _is_folder_like(location) else None
 
 
 def _weights_in(folder: Path) -> Path:

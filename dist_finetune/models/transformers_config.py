@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
 
 from dist_finetune.data.image_input import ImageInput
 from dist_finetune.errors import UserError
+from dist_finetune.home import expand_home
 from dist_finetune.models.card import CNN_LR, TRANSFORMER_LR, ModelCard
 from dist_finetune.models.config_json import PROBLEM_TYPES, read_json, task_of_problem
 from dist_finetune.models.dropout import set_config_dropout
@@ -56,8 +57,8 @@ def card_from_config(spec: ModelSpec, location: str, data_image_size: int | None
 
 def source_folder(location: str, revision: str | None, trust_remote_code: bool, weights: bool = False) -> Path:
     """The local folder of a hub id or path; hub files are fetched where the hub can be reached."""
-    if Path(location).expanduser().is_dir():
-        return Path(location).expanduser()
+    if expand_home(location).is_dir():
+        return expand_home(location)
     return hub_folder(location, revision, [*CONFIG_FILES, "*.py"] if trust_remote_code else CONFIG_FILES, weights)
 
 

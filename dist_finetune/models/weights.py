@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dist_finetune.errors import UserError
+from dist_finetune.home import expand_home
 from dist_finetune.models.on_meta import on_meta
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -31,7 +32,7 @@ def check_weights_option(weights: str) -> None:
     """Raises UserError where `model.weights` is neither a word it knows nor an existing weight file."""
     if weights in ("pretrained", "none"):
         return
-    path = Path(weights).expanduser()
+    path = expand_home(weights)
     if path.suffix not in SUFFIXES:
         raise UserError(f"model.weights {weights}: write pretrained, none, or a file ending in {', '.join(SUFFIXES)}")
     if not path.is_file():
@@ -40,7 +41,7 @@ def check_weights_option(weights: str) -> None:
 
 def weights_file(weights: str) -> Path | None:
     """The file that `model.weights` names; None for its two words."""
-    return None if weights in ("pretrained", "none") else Path(weights).expanduser()
+    return None if weights in ("pretrained", "none") else expand_home(weights)
 
 
 def read_weights(path: Path, device: Literal["cpu", "meta"] = "cpu") -> dict[str, Tensor]:

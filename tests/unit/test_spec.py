@@ -1,13 +1,18 @@
 """Reading a config: what is accepted, and how every problem is worded."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dist_finetune.cache.entries import cache_root
+from dist_finetune.data.sources import expand, hub_parts
 from dist_finetune.durations import parse_bytes, parse_duration_s
 from dist_finetune.errors import UserError
+from dist_finetune.home import expand_home
+from dist_finetune.models.saved import saved_folder
+from dist_finetune.models.weights import weights_file
 from dist_finetune.run_folder import folder_of
 from dist_finetune.spec import FreezeSpec, Spec
 from dist_finetune.spec_file import load_spec, resolved_yaml
@@ -317,3 +322,11 @@ def test_a_home_in_yaml_is_that_of_who_runs_it(monkeypatch: pytest.MonkeyPatch) 
     assert cache_root(spec) == Path("/home/her/runs/.cache")
     assert cache_root(load_spec({**SMALL, "cache": {"folder": "~/fast"}})) == Path("/home/her/fast")
     assert "output: ~/runs" in resolved_yaml(spec)  # on another machine it is another
+
+
+@pytest.mark.parametrize("read", [expand_home, weights_file, saved_folder, hub_parts, lambda name: expand(name, "k")])
+def test_a_home_that_nobody_has_is_told(read: Callable[[str], object]) -> None:
+    with pytest.raises(
+        UserError, match=r"~nouser/x\*: no home folder is known here for ~nouser; write the path"
+    ):
+        read("~nouser/x*")
