@@ -1,6 +1,5 @@
 """What a run tells: metrics.jsonl, log.txt, the terminal and trackers. Silent on every rank but the first."""
 
-import json
 import logging
 import sys
 import time
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dist_finetune.errors import UserError
+from dist_finetune.run_folder import json_text
 from dist_finetune.spec import Spec, TrackSpec
 from dist_finetune.tracking import WandbRun, require_login, start_wandb
 
@@ -110,7 +110,7 @@ class Reporter:
         if not self._is_first:
             return
         if self._metrics:
-            self._write_metrics(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+            self._write_metrics(json_text({"step": step, "time": time.time(), **metrics}) + "\n")
         for sink in self._sinks:
             sink.log(step, metrics)
         if "train/loss" in metrics:

@@ -1,6 +1,7 @@
 """The run folder: its files, who may write into it, and what an existing one means."""
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -141,6 +142,22 @@ def read_summary(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: can't be read: {error}; without the file the run counts as unfinished") from None
     return summary
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON, with null for NaN and infinities: Python would write these as words that are no JSON."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_with_null(value), indent=indent)
+
+
+def _with_null(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_null(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

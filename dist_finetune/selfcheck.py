@@ -174,7 +174,8 @@ def compare_runs(alone: Path, several: Path, num_processes: int, device: str) ->
 def _steps(run: Path) -> list[dict[str, Any]]:
     """Rows of optimizer steps, without those that `train.max_skipped` left out."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if "train/grad_norm" in row]
+    rows = [row for row in map(json.loads, lines) if "train/grad_norm" in row]
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
 
 
 def _frozen_names(run: Path) -> set[str]:

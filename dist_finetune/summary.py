@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.models.card import Provenance
 from dist_finetune.peak_memory import peak_memory_gib
 from dist_finetune.report import Reporter
-from dist_finetune.run_folder import ATTEMPTS, environment, read_summary, write_json
+from dist_finetune.run_folder import ATTEMPTS, environment, json_text, read_summary, write_json, write_text
 from dist_finetune.stopping import Stopped
 from dist_finetune.verdict import tell_job_script, why_again
 from dist_finetune.world import World, gather_objects, wait_for_first
@@ -136,7 +137,7 @@ def summarise(
         wandb=job.report.wandb_mode,
     )
     if world.is_first:
-        write_json(job.folder / "summary.json", summary.to_json())
+        write_text(job.folder / "summary.json", json_text(summary.to_json(), indent=1) + "\n")
     return summary
 
 
@@ -168,5 +169,7 @@ def load_summary(folder: Path) -> Summary:
     """The summary of a finished run, from its folder."""
     saved = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     values = {field.name: saved[field.name] for field in dataclasses.fields(Summary)}
+    for metrics in ("metrics_before", "metrics"):
+        values[metrics] = {name: math.nan if value is None else value for name, value in saved[metrics].items()}
     values |= {"folder": folder, "frozen_verified": tuple(saved["frozen_verified"]), "phases": tuple(saved["phases"])}
     return Summary(**values)

@@ -1,6 +1,5 @@
 """Commands on what is there already: a run's model, page and checkpoints, a model's parts, stored activations."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -26,10 +25,11 @@ def evaluate(
 ) -> None:
     """Measure a run's model on its own held-out rows, or on others with the same columns and classes."""
     from dist_finetune.inference.evaluate import evaluate_run
+    from dist_finetune.run_folder import json_text
 
     found = evaluate_run(run, data, split)
     if found.is_first:
-        typer.echo(json.dumps(found.to_json(), indent=1) if as_json else found.lines())
+        typer.echo(json_text(found.to_json(), indent=1) if as_json else found.lines())
 
 
 def predict(

@@ -1,6 +1,7 @@
 """metrics.jsonl as columns, in bounded time whatever its length."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +48,10 @@ def read_metrics(path: Path) -> Metrics:
         step = int(row["step"])
         times.append(float(row.get("time", 0.0)))
         for key, value in row.items():
-            if key not in ("step", "time") and isinstance(value, int | float):
+            if key not in ("step", "time") and isinstance(value, int | float | None):
                 steps, values = columns.setdefault(key, ([], []))
                 steps.append(step)
-                values.append(float(value))
+                values.append(math.nan if value is None else float(value))
     series = {key: _ordered(*column) for key, column in columns.items()}
     step_s = series.get("perf/step_s", (np.zeros(0), np.zeros(0)))[1]
     return Metrics(

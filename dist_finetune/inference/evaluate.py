@@ -1,7 +1,6 @@
 """A run's model on rows with labels: its own held-out rows, or others of the same columns and classes."""
 
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from dist_finetune.errors import UserError
 from dist_finetune.evaluate import Evaluation, evaluate
 from dist_finetune.inference.saved_run import SavedRun, opened_run
 from dist_finetune.inference.scores import ClassScore, calibration_error, class_scores
-from dist_finetune.run_folder import EVALUATIONS, read_summary
+from dist_finetune.run_folder import EVALUATIONS, json_text, read_summary
 from dist_finetune.tasks.names import TaskName
 from dist_finetune.world import on_first, together
 
@@ -125,6 +124,6 @@ def _record(found: RunEvaluation) -> None:
     path = found.folder / EVALUATIONS
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), **found.to_json()}) + "\n")
+            file.write(json_text({"time": time.time(), **found.to_json()}) + "\n")
     except OSError as error:
         raise UserError(f"{path}: can't be written: {error.strerror}; the metrics are {found.metrics}") from None

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 import time
@@ -30,6 +31,7 @@ from dist_finetune.html_report.predictions import read_confusion
 from dist_finetune.report import Reporter
 from dist_finetune.run import train
 from dist_finetune.spec_file import load_spec
+from dist_finetune.summary import load_summary
 from dist_finetune.world import World
 
 HOSTILE = ("<script>alert(1)</script>", "$x_{1$ \"&'", "</style><img src=x onerror=alert(1)>")
@@ -376,6 +378,20 @@ def test_rows_done_again_count_once(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": "x"}\n[1]\n')
     assert read_metrics(path).of("train/loss")[1].tolist() == [3.0, 1.5]
     assert read_metrics(tmp_path / "none.jsonl").last_step == 0
+
+
+def test_what_is_no_number_is_null_in_the_files_and_nan_where_they_are_read(tmp_path: Path, run: Path) -> None:
+    with Reporter(is_first=True) as report:
+        report.open_files(tmp_path)
+        report.log(1, {"eval/pearson": float("nan"), "train/grad_norm": float("inf"), "eval/mse": 2.0})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=pytest.fail)
+    assert (row["eval/pearson"], row["train/grad_norm"], row["eval/mse"]) == (None, None, 2.0)
+    assert np.isnan(read_metrics(tmp_path / "metrics.jsonl").of("eval/pearson")[1]).tolist() == [True]
+    summary = json.loads((run / "summary.json").read_text())
+    summary["metrics"]["eval/loss"] = None
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert math.isnan(load_summary(tmp_path).metrics["eval/loss"])
 
 
 def test_running_mean_is_that_of_the_last_values() -> None:

@@ -326,7 +326,5 @@ def test_a_home_in_yaml_is_that_of_who_runs_it(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("read", [expand_home, weights_file, saved_folder, hub_parts, lambda name: expand(name, "k")])
 def test_a_home_that_nobody_has_is_told(read: Callable[[str], object]) -> None:
-    with pytest.raises(
-        UserError, match=r"~nouser/x\*: no home folder is known here for ~nouser; write the path"
-    ):
+    with pytest.raises(UserError, match=r"~nouser/x\*: no home folder is known here for ~nouser; write the path"):
         read("~nouser/x*")
