@@ -154,6 +154,8 @@ def _json_pieces(path: Path, num_rows: int | None) -> Iterator[pa.Table]:
             raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
         yield from _object_pieces(path, _objects(path, text.split("\n")), num_rows)
         return
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path}: {_beyond_reading(error)}") from None
     if isinstance(whole, list):
         yield from _slices(path, _from_objects(path, whole), num_rows)
     elif isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
@@ -182,6 +184,15 @@ def _objects(path: Path, lines: Iterable[str]) -> Iterator[Any]:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}:{number}:{error.colno}: not valid JSON: {error.msg}: {line!r:.120}") from None
+            except (RecursionError, ValueError) as error:
+                raise UserError(f"{path}:{number}: {_beyond_reading(error)}") from None
+
+
+def _beyond_reading(error: RecursionError | ValueError) -> str:
+    """What Python's reader does not take of valid JSON."""
+    if isinstance(error, RecursionError):
+        return "lists or objects within each other, too deep to be read; make them flat"
+    return "a number of thousands of digits, too long to be read; write it in quotes"
 
 
 def _from_objects(path: Path, objects: Sequence[Any], first: int = 1) -> pa.Table:
