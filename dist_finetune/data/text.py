@@ -81,7 +81,7 @@ def encode_text(
     Token types are kept for pairs, and for single texts where they aren't all zero, which models assume by themselves.
     """
     is_pair = "text_pair" in table.column_names
-    with_types = "token_type_ids" in tokenizer.model_input_names and (is_pair or _marks_single_texts(tokenizer))
+    with_types = "token_type_ids" in tokenizer.model_input_names and (is_pair or marks_single_texts(tokenizer))
     ids: list[NDArray[np.int32]] = []
     types: list[NDArray[np.uint8]] = []
     lengths: list[int] = []
@@ -114,7 +114,7 @@ def encode_text(
     )
 
 
-def _marks_single_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+def marks_single_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a single text has token types besides 0, as XLNet's has."""
     return any(tokenizer("a", return_token_type_ids=True)["token_type_ids"])
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import BertTokenizerFast, CanineTokenizer, PreTrainedTokenizerFast
 
 from dist_finetune.data.text import collate_text
@@ -70,6 +71,17 @@ def test_the_same_word_twice_is_two_words() -> None:
     rows = encode_words(table, PreTrainedTokenizerFast(tokenizer_object=plain), max_length=9)
     assert rows[0]["token_labels"].tolist() == [1, 2, -100, 3]
     assert np.array_equal(rows.lengths, [4])
+
+
+def test_token_types_are_kept_where_they_say_something(tokenizer: BertTokenizerFast) -> None:
+    assert encode_words(TABLE, tokenizer, max_length=16).token_type_ids is None
+    plain = Tokenizer(models.WordLevel({"a": 0, "?": 1, "[CLS]": 2}, unk_token="?"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain.post_processor = TemplateProcessing(single="$A [CLS]:2", special_tokens=[("[CLS]", 2)])  # as XLNet has it
+    marking = PreTrainedTokenizerFast(tokenizer_object=plain, model_input_names=["input_ids", "token_type_ids"])
+    rows = encode_words(TABLE, marking, max_length=9)
+    assert rows[0]["token_type_ids"].tolist() == [0, 0, 2]
+    assert len(rows.token_type_ids) == len(rows.input_ids)
 
 
 def test_a_tokenizer_without_word_numbers_is_refused() -> None:
