@@ -30,6 +30,8 @@ def evaluate(
     found = evaluate_run(run, data, split)
     if found.is_first:
         typer.echo(json_text(found.to_json(), indent=1) if as_json else found.lines())
+        if found.not_recorded:
+            typer.echo(f"warning: {found.not_recorded}", err=True)
 
 
 def predict(

@@ -40,6 +40,8 @@ class RunEvaluation:
     evaluation: Evaluation
     calibration_error: float | None
     classes: tuple[ClassScore, ...]
+    not_recorded: str | None = None
+    """Why evaluations.jsonl has no line of it, as in a folder that can't be written."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -49,7 +51,7 @@ class RunEvaluation:
     def to_json(self) -> dict[str, Any]:
         """JSON values, without logits and labels."""
         out = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del out["evaluation"], out["is_first"]
+        del out["evaluation"], out["is_first"], out["not_recorded"]
         classes = [dataclasses.asdict(score) for score in self.classes]
         return {**out, "folder": str(self.folder), "metrics": self.metrics, "classes": classes}
 
@@ -73,7 +75,8 @@ def evaluate_run(folder: Path, data: str | None = None, split: Split | None = No
 
     On `data`, named as data.validation is (a file, class folders, builtin:NAME, a hub id), or on a `split` of the run:
     left out, its test rows if it has some, else its validation rows. The encoding is the run's. Adds a line to
-    evaluations.jsonl in the run's folder. Raises UserError for a run without a model, and for rows that don't fit it.
+    evaluations.jsonl in the run's folder, where that can be written. Raises UserError for a run without a model, and
+    for rows that don't fit it.
     """
     if data is not None and split is not None:
         raise UserError(f"{data} and --split {split}: both say what to evaluate on; leave one out")
@@ -97,8 +100,7 @@ def evaluate_run(folder: Path, data: str | None = None, split: Split | None = No
             calibration_error=calibration_error(evaluation, rows.task),
             classes=class_scores(evaluation, rows.task, rows.classes),
         )
-        on_first(world, lambda: _record(found))
-    return found
+        return dataclasses.replace(found, not_recorded=on_first(world, lambda: _record(found)))
 
 
 def _table(run: SavedRun, data: str | None, name: str) -> Dataset:
@@ -120,10 +122,12 @@ def _table(run: SavedRun, data: str | None, name: str) -> Dataset:
     return tables.validation
 
 
-def _record(found: RunEvaluation) -> None:
+def _record(found: RunEvaluation) -> str | None:
+    """Adds the line, or returns why it can't be: the result is worth more than its record."""
     path = found.folder / EVALUATIONS
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json_text({"time": time.time(), **found.to_json()}) + "\n")
     except OSError as error:
-        raise UserError(f"{path}: can't be written: {error.strerror}; the metrics are {found.metrics}") from None
+        return f"{path}: can't be written: {error.strerror or error}; the result was not recorded"
+    return None

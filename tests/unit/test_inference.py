@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,19 @@ def test_evaluate_gives_the_metrics_that_other_libraries_compute(
         ("validation", found.metrics),
         (str(material.validation), found.metrics),
     ]
+
+
+def test_a_result_that_can_not_be_recorded_is_printed_all_the_same(
+    text_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(text_run, run)
+    (run / "evaluations.jsonl").unlink(missing_ok=True)
+    (run / "evaluations.jsonl").mkdir()  # permissions would not stop root
+    code, out, err = ended(capsys, "evaluate", run, "--json")
+    assert (code, json.loads(out)["num_rows"]) == (0, NUM_VALIDATION)
+    assert "warning: " in err
+    assert "evaluations.jsonl: can't be written: Is a directory; the result was not recorded" in err
 
 
 def test_evaluate_finds_the_rows_that_a_fraction_held_out(material: Material, tmp_path: Path) -> None:
