@@ -58,9 +58,10 @@ def encode_table(
     augment_seed: int | None = None,
     keep: Callable[[Callable[[], TextRows]], TextRows] | None = None,
     num_ranks: int = 1,
+    keep_pixels: bool = True,
 ) -> Rows:
     """Rows of one table as tokens, or for a model that takes `image`s; augmented where a seed is given. `num_ranks`
-    share the memory of this machine."""
+    share the memory of this machine, which without `keep_pixels`, for a single pass, holds none of used images."""
     if tokenizer is not None:
         return _text_rows(table, data, device, tokenizer, keep)
     from dist_finetune.data.images import CACHE_BYTES, ImageRows, collate_images  # which take seconds to import
@@ -72,7 +73,8 @@ def encode_table(
         image,
         augment,
         augment_seed or 0,
-        CACHE_BYTES // (num_ranks * max(1, data.num_workers)),  # each process keeps pixels of its own
+        # each process keeps pixels of its own
+        CACHE_BYTES // (num_ranks * max(1, data.num_workers)) if keep_pixels else 0,
         data.task,
         len(data.classes),
     )

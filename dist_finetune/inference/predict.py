@@ -16,7 +16,7 @@ from dist_finetune.evaluate import predict_share
 from dist_finetune.inference.decode import AnyPrediction, decode
 from dist_finetune.inference.saved_run import SavedRun, opened_run
 
-PIECE_ROWS = {"text": 4096, "image": 256}  # that are in memory at a time
+PIECE_ROWS = {"text": 4096, "image": 256, "path": 4096}  # that are in memory at a time; of images, or of their paths
 OUTPUTS = (".jsonl", ".csv")
 ROLE = "FILE"  # what messages call the input
 
@@ -95,7 +95,8 @@ def _row_pieces(run: SavedRun, path: Path, header: Sequence[str] | None, id_colu
     if header is None and path.suffix.lower() in DELIMITERS:
         header = run.spec.data.columns
     first = 1
-    for table in read_pieces(path, header, PIECE_ROWS[run.data.modality]):
+    are_paths = run.data.modality == "image" and path.suffix.lower() not in (".parquet", ".arrow")
+    for table in read_pieces(path, header, PIECE_ROWS["path" if are_paths else run.data.modality]):
         source = Source(in_memory(table), ((str(path), len(table)),), first)
         if id_column is not None and id_column not in table.column_names:
             near = did_you_mean(id_column, table.column_names)
@@ -110,6 +111,6 @@ def _image_pieces(path: Path, column: str) -> Iterator[Piece]:
         raise UserError(f"{ROLE}: {path} holds no files")
     first = 1
     paths = map(str, files)
-    while piece := list(islice(paths, PIECE_ROWS["image"])):
+    while piece := list(islice(paths, PIECE_ROWS["path"])):
         yield images_at(piece, column, str(path), first), piece
         first += len(piece)

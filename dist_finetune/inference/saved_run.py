@@ -72,7 +72,7 @@ class SavedRun:
     def encode(self, table: Dataset) -> Rows:
         """The rows of a table (see `Tables`) as evaluation encoded those of the run."""
         device: Literal["cpu", "cuda"] = "cuda" if self.device.type == "cuda" else "cpu"
-        return encode_table(table, self.data, self.image, device, self.tokenizer)
+        return encode_table(table, self.data, self.image, device, self.tokenizer, keep_pixels=False)
 
     def predict(self, inputs: Inputs) -> torch.Tensor:
         """Logits (B, C), of words (B, T, C), in fp32 of inputs on the model's device."""

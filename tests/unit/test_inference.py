@@ -293,10 +293,19 @@ def test_pairs_and_ids_and_files_without_a_header(
     )
 
 
+def test_images_on_disk_come_in_large_pieces(image_run: Path, tmp_path: Path) -> None:
+    for i in range(300):
+        (tmp_path / f"{i}.png").touch()
+    run = open_run(image_run)
+    (piece,) = predict._pieces(run, tmp_path, None, None)  # each starts loader processes anew
+    assert len(piece[1]) == 300
+    assert run.encode(read_tables(run.spec.data, 0).validation).dataset._cached is None
+
+
 def test_images_of_folders_files_and_tables(
     image_run: Path, material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setitem(predict.PIECE_ROWS, "image", 5)
+    monkeypatch.setitem(predict.PIECE_ROWS, "path", 5)
     paths = image_paths(material.validation_images)
     expected = plain_image_logits(image_run, paths).softmax(1)
     code, out, _ = ended(capsys, "predict", image_run, material.validation_images)
