@@ -69,7 +69,7 @@ class HeadFit:
     linear: LinearHead | None
     """None for an RBF SVM."""
     estimator: Any
-    """scikit-learn's pipeline; None for a head that was fitted in minibatches."""
+    """scikit-learn's pipeline; None for a head that was fitted in minibatches, and where it is no longer needed."""
     temperature: float
 
     def scores(self, features: Matrix) -> Matrix:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dist_finetune.features.bare import refuse_idle_settings
 from dist_finetune.features.files import (
@@ -116,13 +117,26 @@ def _extract(job: FeatureJob, started_s: float) -> ExtractionCost:
 
 
 def fit_heads(job: FeatureJob, kinds: Sequence[HeadKind]) -> list[Found]:
-    """Every head at every depth with its result, in the order of depths; fits are dealt over the ranks. Collective."""
+    """Every head at every depth with its result, in the order of depths; fits are dealt over the ranks. Collective.
+
+    scikit-learn's estimator comes with the best RBF SVM alone.
+    """
     num_rows = job.splits["train"].num_rows
     tasks = [(depth.label, kind) for depth in job.depths for kind in kinds]
     mine = tasks[job.world.rank :: job.world.world_size]
     done = together(lambda: [_fit(job, depth, kind, num_rows) for depth, kind in mine])
-    by_task = {(fit.depth, fit.kind): (fit, result) for part in gather_objects(done) for fit, result in part}
-    return [by_task[task] for task in tasks]
+    own = {(fit.depth, fit.kind): fit.estimator for fit, _ in done}
+    light = [(replace(fit, estimator=None), result) for fit, result in done]
+    by_task = {(fit.depth, fit.kind): (fit, result) for part in gather_objects(light) for fit, result in part}
+    found = [by_task[task] for task in tasks]
+    # Of all RBF SVMs, each with its support vectors, only the best is kept or run again.
+    kernels = [pair for pair in found if pair[0].linear is None]
+    if not kernels:
+        return found
+    best, result = best_of(kernels)
+    key = (best.depth, best.kind)
+    estimator = next(each for each in gather_objects(own.get(key)) if each is not None)
+    return [(replace(best, estimator=estimator), result) if pair[0] is best else pair for pair in found]
 
 
 def _fit(job: FeatureJob, depth: str, kind: HeadKind, num_rows: int) -> Found:

@@ -1,6 +1,7 @@
 """What of features is held at once: a batch's tokens while they are computed, all rows while a head is fitted."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,11 @@ from dist_finetune.data.loading import Rows
 from dist_finetune.features import minibatch, run
 from dist_finetune.features.extract import plan_shards
 from dist_finetune.features.room import VERSION_1, VERSION_2, available_bytes, fits
+from dist_finetune.features.store import Store
+from dist_finetune.report import Reporter
+from dist_finetune.spec import LaunchSpec
 from dist_finetune.spec_file import load_spec
+from dist_finetune.world import join_world
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +98,24 @@ def test_the_model_of_a_head_fitted_from_disk_predicts_as_that_head(
         logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
     torch.testing.assert_close(logits.double(), scores, rtol=1e-4, atol=1e-4)
     assert np.array_equal(logits.argmax(1), predicted)
+
+
+def test_of_the_rbf_svms_only_the_best_goes_to_the_other_processes(tmp_path: Path) -> None:
+    labels, draw = torch.arange(40) % 2, torch.Generator().manual_seed(0)
+    noise = torch.randn(40, 3, generator=draw)
+    store = Store(tmp_path, None)  # type: ignore[arg-type]
+    for split in ("train", "validation"):
+        tensors = {"ids": torch.arange(40), "labels": labels, "block 0": noise, "head": noise + 4 * labels[:, None]}
+        store.write(split, 0, tensors)
+    spec = load_spec({"model": {"name": "m"}, "data": {"train": "rows.csv"}, "name": "x"})
+    with join_world(LaunchSpec()) as world:
+        job: Any = SimpleNamespace(
+            world=world, store=store, num_classes=2, plan=SimpleNamespace(spec=spec), report=Reporter(False),
+            splits={"train": SimpleNamespace(num_rows=40)},
+            depths=[SimpleNamespace(label="block 0"), SimpleNamespace(label="head")],
+        )  # fmt: skip
+        found = run.fit_heads(job, ["svm", "rbf-svm"])
+    assert [(fit.depth, fit.kind) for fit, _ in found if fit.estimator] == [("head", "rbf-svm")]
+    best, result = found[3]
+    features, _ = store.read("validation", "head", 40)
+    assert np.mean(best.scores(features).argmax(1) == labels.numpy()) == result.accuracy
