@@ -167,7 +167,7 @@ def end_early(folder: Path, found: str | None, error: Exception, world: World, r
 
 def load_summary(folder: Path) -> Summary:
     """The summary of a finished run, from its folder."""
-    saved = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    saved = read_summary(folder)
     values = {field.name: saved[field.name] for field in dataclasses.fields(Summary)}
     for metrics in ("metrics_before", "metrics"):
         values[metrics] = {name: math.nan if value is None else value for name, value in saved[metrics].items()}

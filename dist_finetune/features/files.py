@@ -1,7 +1,6 @@
 """What a feature run leaves in its folder."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from dist_finetune.features.headed import BEST, HEADS, KERNEL, LINEAR
 from dist_finetune.features.heads import HeadFit
 from dist_finetune.features.job import FeatureJob
 from dist_finetune.features.results import HeadResult, plot_results
-from dist_finetune.run_folder import environment, write_json
+from dist_finetune.run_folder import environment, read_summary, write_json
 
 Found = tuple[HeadFit, HeadResult]
 
@@ -106,7 +105,7 @@ def write_heads(job: FeatureJob, found: Sequence[Found], best: HeadResult) -> No
 
 def load_feature_summary(folder: Path) -> FeatureSummary:
     """The summary of a finished feature run, from its folder."""
-    saved = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    saved = read_summary(folder)
     values = {field.name: saved[field.name] for field in dataclasses.fields(FeatureSummary)}
     values["folder"] = folder
     values["best"] = HeadResult(**saved["best"])

@@ -22,6 +22,12 @@ def agent(config: Path, port: int, is_host: bool) -> list[str]:
     ]  # fmt: skip
 
 
+def finished_with_each_step_once(run: Path) -> None:
+    assert read_json(run / "summary.json")["status"] == "finished"
+    steps = [row["step"] for row in read_lines(run / "metrics.jsonl") if "train/loss" in row]
+    assert steps == list(range(1, NUM_STEPS + 1))
+
+
 def test_a_machine_that_goes_costs_the_steps_since_the_last_checkpoint(material: Material, tmp_path: Path) -> None:
     content = faulty_config(material, train={"epochs": NUM_STEPS // 10})
     config = write_config(tmp_path / "job.yaml", content, name="job", output=str(tmp_path / "runs"))
@@ -35,9 +41,7 @@ def test_a_machine_that_goes_costs_the_steps_since_the_last_checkpoint(material:
     starts = read_lines(run / "attempts.jsonl")
     assert [start["world_size"] for start in starts] == [2, 1]
     assert starts[1]["step"] >= 10, "a checkpoint every five steps"
-    assert read_json(run / "summary.json")["status"] == "finished"
-    steps = [row["step"] for row in read_lines(run / "metrics.jsonl") if "train/loss" in row]
-    assert steps == list(range(1, NUM_STEPS + 1)), "each step once"
+    finished_with_each_step_once(run)
 
 
 def test_a_machine_that_comes_later_costs_no_step(material: Material, tmp_path: Path) -> None:
@@ -60,6 +64,4 @@ def test_a_machine_that_comes_later_costs_no_step(material: Material, tmp_path: 
     starts = read_lines(run / "attempts.jsonl")
     assert [start["world_size"] for start in starts] == [1, 2]
     assert starts[1]["step"] >= 5, "nothing but this stop saved before the end"
-    assert read_json(run / "summary.json")["status"] == "finished"
-    steps = [row["step"] for row in read_lines(run / "metrics.jsonl") if "train/loss" in row]
-    assert steps == list(range(1, NUM_STEPS + 1)), "each step once"
+    finished_with_each_step_once(run)
