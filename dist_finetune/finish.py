@@ -44,6 +44,7 @@ def finish_run(
     try:
         final = {"validation": last} if last else {}
         for split in [name for name in ("validation", "test") if name in stage.splits and name not in final]:
+            stop.new_pace()
             final[split] = evaluate(stage.engine, stage.splits[split], batch_size, job.world, stop.check)
     except Interrupted as interruption:
         stop.settle()

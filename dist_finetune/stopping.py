@@ -13,6 +13,10 @@ from dist_finetune.signals import SIGNALS, StopSignals
 from dist_finetune.world import World, gather_objects
 
 FILE_CHECK_EVERY_S = 1.0  # a shared file system should not be asked at every step
+ASK_EVERY_S = 0.05
+"""How far apart ranks ask each other: where a step takes milliseconds, asking at each one would slow it by a tenth."""
+MOST_CALLS = 8
+"""Most calls between two questions, however short they were: the next ones may take longer."""
 REASONS = ("", *(number.name for number in SIGNALS), "the file STOP", "launch.time_limit")
 
 
@@ -41,8 +45,8 @@ class Interrupted(Exception):
 class StopWish:
     """Whether any rank was told to stop, known to all ranks at the same step.
 
-    The highest of the ranks' wishes is found by a collective of two numbers that runs beside each step and is read at
-    the next, so that no step waits for it.
+    The highest of the ranks' wishes is found by a collective of three numbers that runs beside a step and is read at
+    the next, so that no step waits for it. The third is for how many calls it is enough, as the slowest rank has it.
     """
 
     def __init__(
@@ -59,25 +63,43 @@ class StopWish:
         self._deadline_s = started_s + time_limit_s if time_limit_s else None
         self._wish, self._file_checked_s = 0, 0.0
         self._sent: tuple[torch.Tensor, Any] | None = None
+        self._asked: tuple[int, float] | None = None
+        self._next_call = 0
         self.save_due = False
         """True where an interval of `checkpoint.every` in seconds is over; whoever saves sets it back."""
         self.num_calls = 0
         """How often this rank has asked: it grows as long as the rank is alive and no other keeps it waiting."""
 
     def check(self) -> None:
-        """Called by all ranks before each step and each evaluation batch; answers what they wished for at the call
-        before. Sets `save_due`, or raises Interrupted, on every rank at once."""
+        """Called by all ranks before each step and each evaluation batch; answers what they wished for when they last
+        asked. Sets `save_due`, or raises Interrupted, on every rank at once."""
         reason = 0
         if self._sent:
             wishes, work = self._sent
             work.wait()
-            reason, save = wishes.tolist()
-            self.save_due = self.save_due or bool(save)
-        wishes = torch.tensor([self._current_wish(), self._wants_save()])
-        self._sent = (wishes, dist.all_reduce(wishes, dist.ReduceOp.MAX, async_op=True))
+            reason, save, fewest_calls = wishes.abs().tolist()
+            self.save_due, self._sent = self.save_due or bool(save), None
+            if self._asked:
+                self._next_call = self._asked[0] + fewest_calls
+        if self.num_calls >= self._next_call:
+            self._ask()
         self.num_calls += 1
         if reason:
             raise Interrupted(REASONS[reason])
+
+    def new_pace(self) -> None:
+        """Called by all ranks where what follows takes another time than what was before: batches of an evaluation,
+        and steps after one."""
+        self._asked, self._next_call = None, self.num_calls
+
+    def _ask(self) -> None:
+        now, calls = time.monotonic(), 1
+        if self._asked:
+            call_s = (now - self._asked[1]) / (self.num_calls - self._asked[0])
+            calls = int(min(max(1, ASK_EVERY_S / call_s), MOST_CALLS)) if call_s else MOST_CALLS
+        self._asked, self._next_call = (self.num_calls, now), self.num_calls + 1
+        wishes = torch.tensor([self._current_wish(), self._wants_save(), -calls])  # the highest of -calls: the fewest
+        self._sent = (wishes, dist.all_reduce(wishes, dist.ReduceOp.MAX, async_op=True))
 
     def settle(self) -> None:
         """Waits for the collective that is still under way; called before the loop is left."""

@@ -218,7 +218,9 @@ def _samples_after(steps: int, job: Job) -> int:
 
 def evaluate_validation(job: Job, stage: Stage, step: int, stop: StopWish) -> Evaluation:
     """Evaluates the validation rows and logs their metrics at `step`. Collective."""
+    stop.new_pace()
     result = evaluate(stage.engine, stage.splits["validation"], job.plan.batches.eval_batch_size, job.world, stop.check)
+    stop.new_pace()
     job.report.log(step, {f"eval/{name}": value for name, value in result.metrics.items()})
     return result
 

@@ -17,6 +17,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch.distributed as dist
 
+from dist_finetune import stopping
 from dist_finetune.cli import leave_at_once
 from dist_finetune.errors import DistFinetuneError
 from dist_finetune.run import train
@@ -56,6 +57,7 @@ def run_job(job: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
 
 def main() -> None:
     StopWish.check = check_and_count  # type: ignore[method-assign]
+    stopping.MOST_CALLS = 1  # at each call, as where steps are long: runs stop at the step that a test means
     jobs, results = Path(sys.argv[1]), Path(sys.argv[2])
     dist.init_process_group("gloo")
     rank = dist.get_rank()
