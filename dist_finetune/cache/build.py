@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 AGREEMENT = {"fp32": 1e-4, "bf16": 3e-2}  # of logits, relative: a CNN differs by up to 3e-5 at another batch size
 PROBE_ROWS = 4
 WORTH_ROWS = 8  # enough to tell how long a row takes
+GATHER_IN_HOOKS = ("zero3", "fsdp")
+"""Strategies that gather weights when a module is called, also one that a chain would leave out."""
 
 
 def cache_splits(
@@ -70,6 +72,8 @@ def cache_splits(
     cut = together(lambda: _cut_on_device(job, phase, model, probe))
     model.eval()
     cut = replace(cut, reads_first_only=on_first(job.world, lambda: _reads_first_only(job, model, cut, probe)))
+    if job.plan.strategy in GATHER_IN_HOOKS:
+        cut = replace(cut, chain=())
     key, source = _key(job, cut, frozen_digests)
     layouts = {name: layout_for(job, cut, rows) for name, rows in job.splits.items()}
     entry = Entry(cache_root(job.plan.spec) / key, source, layouts)
@@ -80,7 +84,7 @@ def cache_splits(
             _require_worth(job, phase, model, cut, entry)
         is_reused = fill_once(job, model, cut, entry)
     together(lambda: require_seen(entry.folder / META))
-    cached = together(lambda: _open(job, entry))
+    cached = together(lambda: _open(job, cut, entry))
     on_first(job.world, lambda: touch(entry.folder))
     _agreeing_tail(job, model, cut, lambda: cached["train"].first_batch(PROBE_ROWS)["inputs"])
     what = "reused" if is_reused else f"built in {time.perf_counter() - started:.1f} s"
@@ -133,22 +137,22 @@ def _require_worth(job: Job, phase: PhasePlan, model: nn.Module, cut: Cut, entry
     job.report.say(f"cache: {worth.reason}")
 
 
-def _open(job: Job, entry: Entry) -> dict[str, Rows]:
+def _open(job: Job, cut: Cut, entry: Entry) -> dict[str, Rows]:
     """The rows of each split. Raises NoCut where the entry is damaged, as by a disk that lost power."""
     try:
-        return {name: _rows(job, entry.folder, name, layout) for name, layout in entry.layouts.items()}
+        return {name: _rows(job, cut, entry.folder, name, layout) for name, layout in entry.layouts.items()}
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise NoCut(f"{entry.folder} is damaged ({_first_line(error)}); delete it to have it filled anew") from None
 
 
-def _rows(job: Job, folder: Path, name: str, layout: Layout) -> Rows:
+def _rows(job: Job, cut: Cut, folder: Path, name: str, layout: Layout) -> Rows:
     rows = job.splits[name]
     layout = read_layout(folder, name, layout, made_layouts(folder)[name])
     is_text = isinstance(rows.dataset, TextRows)
-    collate = CachedCollate(
-        StoredRows(folder, name, layout), layout, rows.collate if is_text else None, pads_left(rows)
-    )
-    dataset = CachedRows(rows.dataset, is_text, num_views(job, rows))
+    reads_text = is_text and not (cut.chain and layout.lengths is None)
+    stored = StoredRows(folder, name, layout)
+    collate = CachedCollate(stored, layout, is_text, rows.collate if reads_text else None, pads_left(rows))
+    dataset = CachedRows(rows.dataset, reads_text, num_views(job, rows))
     return replace(rows, dataset=dataset, collate=collate, num_workers=0)
 
 

@@ -3,11 +3,15 @@
 The tail keeps the model's own forward. The module at the cut is replaced by one that returns the stored activation, and
 every frozen module before it by one that does nothing; whatever the forward does in between is then without effect. So
 no model family needs code of its own, and `build` proves the result on real rows before it is used.
+
+Where all that follows the cut are modules that take the activation one after the other, the tail calls just these: a
+lone head is done in less time than the forward of a BERT takes to look at its arguments.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +57,10 @@ class Cut:
     """True where the tail reads nothing of a text's activation but its first position, as heads on [CLS] do. No other
     is stored then: a text of T tokens takes a T-th of the bytes."""
 
+    chain: tuple[str, ...] = ()
+    """Paths of the modules that the activation goes through one after the other, from the cut to the logits; empty
+    where the model's forward does anything else in between."""
+
     @property
     def row_shape(self) -> tuple[int, ...]:
         """Shape of a stored row: (T, ...) of the traced batch, (1, ...) where one position is all that is read."""
@@ -65,11 +73,26 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class _Value:
+    """A tensor at a moment: the same one, not written to since, has the same version."""
+
+    tensor: torch.Tensor
+    version: int
+
+    def is_same(self, other: "_Value | None") -> bool:
+        return other is not None and self.tensor is other.tensor and self.version == other.version
+
+
+@dataclass(frozen=True)
 class _Call:
     module: str
     started: int
     ended: int
+    given: _Value | None
+    """The one thing that the module was called with, where it is a tensor."""
     output: Any
+    returned: _Value | None
+    """Its output, where that is a tensor, as it was when the call ended."""
 
 
 def find_cut(model: nn.Module, inputs: Inputs) -> Cut:
@@ -77,7 +100,7 @@ def find_cut(model: nn.Module, inputs: Inputs) -> Cut:
 
     Raises NoCut where nothing frozen lies below the first trainable module, or no module there returns one tensor.
     """
-    calls = _trace(model, inputs)
+    calls, logits = _trace(model, inputs)
     modules = dict(model.named_modules())
     starts = {call.module: call.started for call in sorted(calls, key=lambda call: -call.started)}
     trainable = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
@@ -101,7 +124,7 @@ def find_cut(model: nn.Module, inputs: Inputs) -> Cut:
     gone = (*(stand_in.path for stand_in in before), at.module)
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     dropped = tuple(name for name in names if any(_within(name, path) for path in gone))
-    return Cut(_stand_in(at), before, dropped)
+    return Cut(_stand_in(at), before, dropped, chain=_chain(calls, at, logits))
 
 
 def run_prefix(model: nn.Module, cut: Cut, inputs: Inputs) -> torch.Tensor:
@@ -137,9 +160,13 @@ def make_tail(model: nn.Module, cut: Cut) -> Callable[[], None]:
         model.set_submodule(stand_in.path, _Skip(channel, stand_in))
     model.set_submodule(cut.at.path, _Inject(channel, cut.at))
     handle = model.register_forward_pre_hook(channel.take, with_kwargs=True)
+    if cut.chain:
+        model.forward = partial(_run_chain, model, cut.chain, channel)
 
     def undo() -> None:
         handle.remove()
+        if cut.chain:
+            del model.forward
         for path, module in replaced.items():
             model.set_submodule(path, module)
 
@@ -185,7 +212,8 @@ class _Channel:
     def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if ACTIVATION in kwargs:
             self.activation = kwargs[ACTIVATION]
-            self.batch = tuple(kwargs["attention_mask"].shape)  # (B, T): the model makes its masks from them
+            if "attention_mask" in kwargs:
+                self.batch = tuple(kwargs["attention_mask"].shape)  # (B, T): the model makes its masks from them
             return args, {name: value for name, value in kwargs.items() if name != ACTIVATION}
         self.activation = args[0]
         return args, kwargs
@@ -218,9 +246,32 @@ class _Inject(nn.Module):
         return (self._channel.activation,) if self._stand_in.returns_tuple else self._channel.activation
 
 
-def _trace(model: nn.Module, inputs: Inputs) -> list[_Call]:
-    """Every module call of one forward pass, with the order of starts and ends."""
-    events, open_calls = 0, dict[str, list[int]]()
+def _run_chain(model: nn.Module, paths: Sequence[str], channel: _Channel, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The forward of a tail that is a chain. Modules are found anew at each call: some are replaced later, as BatchNorm
+    by one that is synchronised."""
+    value = channel.activation
+    for path in paths:
+        value = model.get_submodule(path)(value)
+    return value
+
+
+def _chain(calls: Sequence[_Call], at: _Call, logits: _Value | None) -> tuple[str, ...]:
+    """The modules called after the cut, outermost ones, where each was given what the one before returned, and nothing
+    else, and the last returned the logits; else none."""
+    value, ended, paths = at.returned, at.ended, list[str]()
+    for call in sorted(calls, key=lambda call: call.started):
+        if call.started < ended:
+            continue  # before the cut, or within a module of the chain
+        if value is None or not value.is_same(call.given) or not isinstance(call.output, torch.Tensor):
+            return ()
+        value, ended = call.returned, call.ended
+        paths.append(call.module)
+    return tuple(paths) if value is not None and value.is_same(logits) else ()
+
+
+def _trace(model: nn.Module, inputs: Inputs) -> tuple[list[_Call], _Value | None]:
+    """Every module call of one forward pass, with the order of starts and ends; and the logits."""
+    events, open_calls = 0, dict[str, list[tuple[int, _Value | None]]]()
     calls: list[_Call] = []
     handles = []
 
@@ -230,21 +281,34 @@ def _trace(model: nn.Module, inputs: Inputs) -> list[_Call]:
         return events
 
     def enter(name: str) -> Callable[..., None]:
-        return lambda module, args: open_calls.setdefault(name, []).append(tick())
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            only = args[0] if len(args) == 1 and not kwargs else None
+            open_calls.setdefault(name, []).append((tick(), _value(only)))
+
+        return note
 
     def leave(name: str) -> Callable[..., None]:
-        return lambda module, args, output: calls.append(_Call(name, open_calls[name].pop(), tick(), output))
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            started, given = open_calls[name].pop()
+            calls.append(_Call(name, started, tick(), given, output, _value(_single_tensor(output))))
+
+        return note
 
     for name, module in model.named_modules():
         if name:
-            handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
+            handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(leave(name)))
     try:
         with torch.no_grad():
-            forward_logits(model, inputs)
+            logits = forward_logits(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    return calls, _value(logits)
+
+
+def _value(thing: Any) -> _Value | None:
+    return _Value(thing, thing._version) if isinstance(thing, torch.Tensor) else None
 
 
 def _first_use(parameter: str, starts: Mapping[str, int]) -> int:

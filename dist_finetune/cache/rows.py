@@ -15,13 +15,14 @@ from dist_finetune.data.targets import stacked_labels
 
 @dataclass(frozen=True)
 class CachedRows(Dataset[Any]):
-    """Numbers of stored rows, with what a batch needs beside the activation: a text's encoded row, or the label.
+    """Numbers of stored rows, with what a batch needs beside the activation: the encoded row of a text that the tail
+    reads too, or the label.
 
     A key (epoch, row) gives the row's version of that epoch: one of `views`, in turn.
     """
 
     base: Any
-    is_text: bool
+    reads_text: bool
     views: int = 1
 
     def __len__(self) -> int:
@@ -30,7 +31,7 @@ class CachedRows(Dataset[Any]):
     def __getitem__(self, key: int | tuple[int, int]) -> Any:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         stored = (epoch % self.views) * len(self) + index if epoch else index
-        return stored, (self.base[index] if self.is_text else {"label": self.base.labels[index]})
+        return stored, (self.base[index] if self.reads_text else {"label": self.base.labels[index]})
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class CachedCollate:
 
     stored: StoredRows
     layout: Layout
+    is_text: bool
     collate_text: Callable[[list[Any]], Batch] | None
+    """None where the tail reads the activation alone."""
     pads_left: bool
 
     def __call__(self, rows: list[Any]) -> Batch:
         if self.collate_text is None:
-            batch: Batch = {"labels": stacked_labels([row for _, row in rows])}
+            batch: Batch = {"inputs": {}, "labels": stacked_labels([row for _, row in rows])}
         else:
             batch = self.collate_text([row for _, row in rows])
         lengths = self.layout.lengths
@@ -55,9 +58,9 @@ class CachedCollate:
             if lengths is not None:
                 row = row[-lengths[index] :] if self.pads_left else row[: lengths[index]]
             self.stored.read_into(index, row)
-        if self.collate_text is None:
-            is_image = activation.dim() == 4
-            batch["inputs"] = activation.contiguous(memory_format=torch.channels_last) if is_image else activation
-        else:
+        if self.is_text:
             batch["inputs"][ACTIVATION] = activation
+        else:
+            is_map = activation.dim() == 4
+            batch["inputs"] = activation.contiguous(memory_format=torch.channels_last) if is_map else activation
         return batch

@@ -131,8 +131,8 @@ def test_images_and_their_activations_lie_with_channels_last(tmp_path: Any) -> N
         def __len__(self) -> int:
             return 2
 
-    rows = CachedRows(Labelled(), is_text=False)
-    cached = CachedCollate(StoredRows(tmp_path, "train", layout), layout, None, False)([rows[0], rows[1]])
+    rows = CachedRows(Labelled(), reads_text=False)
+    cached = CachedCollate(StoredRows(tmp_path, "train", layout), layout, False, None, False)([rows[0], rows[1]])
     assert cached["inputs"].is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(cached["inputs"], torch.stack(images))
     assert cached["labels"].tolist() == [1, 0]

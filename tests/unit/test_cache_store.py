@@ -148,8 +148,10 @@ def test_batches_have_activations_where_their_tokens_are(tmp_path: Path, pads_le
     def collate(batch: list) -> dict:
         return collate_text(batch, 0, multiple_of=8, padding_side="left" if pads_left else "right")
 
-    cached = CachedRows(texts, is_text=True)
-    batch = CachedCollate(StoredRows(tmp_path, "train", made), made, collate, pads_left)([cached[i] for i in (2, 1, 6)])
+    cached = CachedRows(texts, reads_text=True)
+    batch = CachedCollate(StoredRows(tmp_path, "train", made), made, True, collate, pads_left)(
+        [cached[i] for i in (2, 1, 6)]
+    )
     inputs = batch["inputs"]
     assert batch["labels"].tolist() == [2, 1, 6]
     assert inputs[ACTIVATION].shape == (3, 8, WIDTH)
@@ -167,7 +169,7 @@ def test_views_of_a_row_take_turns(tmp_path: Path) -> None:
         def __len__(self) -> int:
             return 3
 
-    rows = CachedRows(Labelled(), is_text=False, views=2)
+    rows = CachedRows(Labelled(), reads_text=False, views=2)
     assert [rows[epoch, 1][0] for epoch in range(5)] == [1, 4, 1, 4, 1]
     assert rows[2] == (2, {"label": 9})
 

@@ -124,8 +124,78 @@ def test_a_head_on_the_mean_reads_all_positions_also_with_zeros_for_weights() ->
     assert not reads_first_only(model, cut, {**inputs, ACTIVATION: run_prefix(model, cut, inputs).clone()})
 
 
-def test_undo_gives_the_model_back() -> None:
-    model, manifest, inputs = frozen_model("demo:minilm", {"embeddings": True, "layers": "0-3"})
+@pytest.mark.parametrize(
+    ("name", "rules", "chain"),
+    [
+        ("demo:minilm", {"embeddings": True, "layers": "all"}, ("bert.pooler", "dropout", "classifier")),
+        ("demo:minilm", {"embeddings": True, "layers": "0-3"}, ()),  # layers that train are given a mask too
+        ("timm:resnet18", {"rule": "backbone"}, ("fc",)),
+        ("timm:resnet18", {"embeddings": True, "layers": "0-2"}, ("layer4", "global_pool", "fc")),
+        ("torchvision:resnet18", {"rule": "backbone"}, ()),  # flattened by the model itself
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_tail_that_is_a_chain_of_modules_calls_these_alone(
+    name: str, rules: dict[str, object], chain: tuple[str, ...]
+) -> None:
+    """It takes the activation without the texts, gives the same logits, and BatchNorm that trains moves the same."""
+    model, manifest, inputs = frozen_model(name, rules)
+    train_mode(model, manifest)
+    cut = find_cut(model, inputs)
+    assert cut.chain == chain
+    if not chain:
+        return
+    model.eval()
+    activation = run_prefix(model, cut, inputs).clone()
+    whole = copy.deepcopy(model)
+    make_tail(model, cut)
+    fed = {ACTIVATION: activation} if isinstance(inputs, dict) else activation
+    torch.testing.assert_close(forward_logits(model, fed), forward_logits(whole, inputs), rtol=0, atol=1e-6)
+    for each, given in ((whole, inputs), (model, fed)):
+        train_mode(each, manifest)
+        forward_logits(each, given)
+    moved = whole.state_dict()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, moved[key], rtol=1e-5, atol=1e-6)
+
+
+class Between(nn.Module):
+    """Two layers, and something of the model's own between them that leaves no new tensor, or a module beside them."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.stem = what, nn.Linear(4, 4).requires_grad_(False).eval()
+        self.middle, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.beside = nn.Linear(4, 2) if what == "beside" else nn.Identity()
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = self.middle(self.stem(image))
+        if self.what == "in place":
+            x.mul_(2)
+        logits = self.head(x)
+        if self.what == "beside":
+            return logits + self.beside(x)
+        if self.what == "after":
+            return logits.add_(1)
+        return logits
+
+
+@pytest.mark.parametrize("what", ["nothing", "in place", "beside", "after"])
+def test_what_a_model_does_between_its_modules_makes_no_chain(what: str) -> None:
+    torch.manual_seed(0)
+    model = Between(what)
+    inputs = torch.randn(3, 4)
+    cut = find_cut(model, inputs)
+    assert cut.at.path == "stem"
+    assert cut.chain == (("middle", "head") if what == "nothing" else ())
+    whole, activation = forward_logits(model, inputs), run_prefix(model, cut, inputs).clone()
+    make_tail(model, cut)
+    torch.testing.assert_close(forward_logits(model, activation), whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", ["0-3", "all"])
+def test_undo_gives_the_model_back(layers: str) -> None:
+    model, manifest, inputs = frozen_model("demo:minilm", {"embeddings": True, "layers": layers})
     train_mode(model, manifest)
     cut = find_cut(model, inputs)
     model.eval()
