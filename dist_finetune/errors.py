@@ -28,8 +28,12 @@ class TrainingError(DistFinetuneError):
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> list[str]:
-    """The up to `count` valid names that look most like `name`, best first."""
-    return difflib.get_close_matches(str(name), [str(v) for v in valid], n=count, cutoff=0.5)
+    """The up to `count` valid names that look most like `name` in any case of letters, best first."""
+    names: dict[str, list[str]] = {}
+    for valid_name in map(str, valid):
+        names.setdefault(valid_name.lower(), []).append(valid_name)
+    close = difflib.get_close_matches(str(name).lower(), names, n=count, cutoff=0.5)
+    return [valid_name for lower in close for valid_name in names[lower]][:count]
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

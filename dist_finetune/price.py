@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from dist_finetune.errors import UserError
 from dist_finetune.memory.forecast import Forecast
 from dist_finetune.plan import Plan
 from dist_finetune.spec_base import Section
-from dist_finetune.spec_file import yaml_problem
+from dist_finetune.spec_file import parse_yaml
 
 
 class GpuPrice(Section):
@@ -36,9 +34,7 @@ class Cost:
 def read_prices(path: Path) -> dict[str, GpuPrice]:
     """The price list in `path`, by GPU. Raises UserError that names each wrong entry."""
     try:
-        content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except YAMLError as error:
-        raise UserError(yaml_problem(path, error)) from None
+        content = parse_yaml(path.read_text(encoding="utf-8"), path, "safe")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no price list that can be read: {error}") from None
     if not isinstance(content, dict) or not content:

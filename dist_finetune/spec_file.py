@@ -4,7 +4,7 @@ import datetime
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -16,6 +16,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from dist_finetune.errors import UserError, did_you_mean, nearest
 from dist_finetune.spec import Spec
+from dist_finetune.spec_base import as_list
 
 # Beginnings of pydantic's problem types, and what the key would have taken.
 EXPECTED_WORDS = {
@@ -31,6 +32,35 @@ EXPECTED_WORDS = {
     "greater_than": "a number above {gt}",
     "less_than_equal": "a number up to {le}",
     "less_than": "a number below {lt}",
+}
+
+MAX_SHOWN = 200  # characters of a wrong value in a message
+
+# What transformers' Trainer and its example scripts call a key, and what says the same here.
+TRAINER_NAMES = {
+    "batch_size": "train.global_batch_size",
+    "bf16": "train.precision",
+    "dataloader_num_workers": "data.num_workers",
+    "dataset_name": "data.train",
+    "fp16": "train.precision",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "learning_rate": "train.lr",
+    "logging_steps": "train.log_every",
+    "lr_scheduler_type": "train.schedule",
+    "max_seq_length": "data.max_length",
+    "model_name_or_path": "model.name",
+    "num_train_epochs": "train.epochs",
+    "output_dir": "output",
+    "per_device_eval_batch_size": "train.eval_batch_size",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "report_to": "track.wandb",
+    "run_name": "name",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "train_file": "data.train",
+    "validation_file": "data.validation",
+    "warmup_ratio": "train.warmup",
+    "warmup_steps": "train.warmup",
 }
 
 
@@ -87,22 +117,29 @@ def _read_yaml(path: Path) -> CommentedMap:
         raise UserError(f"{path}: no such config file. {did_you_mean(path.name, near)}".rstrip()) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read as a text file: {error}") from None
-    try:
-        raw = YAML(typ="rt").load(text)
-    except YAMLError as error:
-        raise UserError(yaml_problem(path, error)) from None
+    raw = parse_yaml(text, path)
     if not isinstance(raw, CommentedMap):
         raise UserError(f"{path}: a config is a mapping of keys such as `model:` and `data:`, this file is not one")
     return raw
 
 
-def yaml_problem(path: Path, error: YAMLError) -> str:
-    """Where in the file it is no YAML, and why."""
-    if not isinstance(error, MarkedYAMLError):
-        return f"{path}: not valid YAML: {error}"
-    mark = error.problem_mark or error.context_mark
-    at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-    return f"{path}{at}: not valid YAML: {error.problem or error.context}"
+def parse_yaml(text: str, path: Path, kind: Literal["rt", "safe"] = "rt") -> Any:
+    """What YAML text holds, with its lines ("rt") or plain. Raises UserError that says where in `path` it is no YAML,
+    and why."""
+    try:
+        return YAML(typ=kind).load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        why = error.problem or error.context or ""
+        hint = "; indent with spaces" if r"'\t'" in why else ""
+        raise UserError(f"{path}{at}: not valid YAML: {why}{hint}") from None
+    except YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    except ValueError as error:  # what looks like a date or a whole number, and can't be one
+        raise UserError(f"{path}: a value can't be read: {error}. Write it in quotes if it is a text") from None
+    except RecursionError:
+        raise UserError(f"{path}: lists or keys within each other, too deep to be read") from None
 
 
 def _apply_override(raw: dict[str, Any], item: str) -> str:
@@ -112,7 +149,7 @@ def _apply_override(raw: dict[str, Any], item: str) -> str:
         raise UserError(f"{item!r} is no override; write key=value with a dotted key, such as train.lr=3e-5")
     try:
         value = YAML(typ="safe").load(text)
-    except YAMLError:
+    except (YAMLError, ValueError, RecursionError):
         raise UserError(f"{item!r}: the value is not valid YAML; quote it, such as '{key}=\"...\"'") from None
     *parents, last = key.split(".")
     node: Any = raw
@@ -170,6 +207,7 @@ def _describe(raw: Any, path: Sequence[str], problems: list[Any], where: str, ch
         return f"{at}: {key} is required. {field.description or '' if field else ''}".rstrip()
     if kind == "extra_forbidden":
         elsewhere = [f"{section}.{path[-1]}" for section in Spec.model_fields if path[-1] in _known_keys([section])]
+        elsewhere = elsewhere or [name for name in [TRAINER_NAMES.get(path[-1])] if name]
         hint = f"Did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
         return f"{at}: unknown key {key}. {hint or did_you_mean(path[-1], _known_keys(path[:-1]))}"
     if kind == "value_error":
@@ -178,7 +216,12 @@ def _describe(raw: Any, path: Sequence[str], problems: list[Any], where: str, ch
     expected = [*valid, *(_expected(p, path) for p in problems if p["type"] != "literal_error")]
     close = nearest(str(value), valid)
     guess = f" Did you mean {' or '.join(close)}?" if close else ""
-    return f"{at}: {key} can't be {value!r}.{guess} It takes {' or '.join(expected)}."
+    return f"{at}: {key} can't be {_shown(value)}.{guess} It takes {' or '.join(expected)}."
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 def _literals(problem: Any) -> list[str]:
@@ -191,6 +234,9 @@ def _expected(problem: Any, path: Sequence[str]) -> str:
     if kind in ("model_type", "dict_type"):
         keys = ", ".join(_known_keys(path)[:4])
         return f"a section of keys, such as {keys}" if keys else "a mapping of keys"
+    field = _field(path)
+    if kind.startswith("tuple_") and field and any(getattr(m, "func", None) is as_list for m in field.metadata):
+        return "a text, or a list of them"
     for prefix, words in EXPECTED_WORDS.items():
         if kind.startswith(prefix):
             return words.format(**limits)

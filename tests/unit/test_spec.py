@@ -13,9 +13,9 @@ from dist_finetune.errors import UserError
 from dist_finetune.home import expand_home
 from dist_finetune.models.saved import saved_folder
 from dist_finetune.models.weights import weights_file
-from dist_finetune.run_folder import folder_of
+from dist_finetune.run_folder import flat, folder_of
 from dist_finetune.spec import FreezeSpec, Spec
-from dist_finetune.spec_file import load_spec, resolved_yaml
+from dist_finetune.spec_file import TRAINER_NAMES, load_spec, resolved_yaml
 
 SMALL: dict[str, Any] = {"name": "small", "model": {"name": "m"}, "data": {"train": "rows.csv"}}
 
@@ -111,6 +111,13 @@ def test_an_empty_config_names_what_is_required() -> None:
     [
         ("model: [", "c.yaml:1:9: not valid YAML"),
         ("a: 1\na: 2\n", 'c.yaml:2:1: not valid YAML: found duplicate key "a"'),
+        (
+            "model:\n\tname: x\n",
+            r"c.yaml:2:1: not valid YAML: found character '\t' that cannot start any token; indent",
+        ),
+        ("name: 2026-13-45\n", "c.yaml: a value can't be read: month must be in 1..12. Write it in quotes"),
+        (f"name: {'9' * 5000}\n", "c.yaml: a value can't be read: Exceeds the limit"),
+        (f"train: {'[' * 3000}{']' * 3000}\n", "c.yaml: lists or keys within each other, too deep"),
         ("- model\n", "a config is a mapping of keys"),
         ("", "a config is a mapping of keys"),
     ],
@@ -129,6 +136,27 @@ def test_a_binary_file_is_no_config(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_bytes(b"\xff\xfe\x00\x80")
     assert "can't be read as a text file" in message_of(path)
+
+
+def test_a_wrong_value_is_told_in_words_and_not_at_full_length() -> None:
+    assert "data.train can't be None. It takes a text, or a list of them." in message_of(
+        {**SMALL, "data": {"train": None}}
+    )
+    assert "shard.strategy can't be 'ZeRO2'. Did you mean zero2" in message_of(
+        {**SMALL, "shard": {"strategy": "ZeRO2"}}
+    )
+    told = message_of({**SMALL, "train": {"lr": "9" * 5000}})
+    assert "train.lr can't be '9999" in told
+    assert len(told) < 400
+
+
+def test_names_of_other_tools_are_known(tmp_path: Path) -> None:
+    told = message_of({**SMALL, "batch_size": 8, "train": {"learning_rate": 1e-3, "fp16": True}})
+    assert "unknown key batch_size. Did you mean train.global_batch_size?" in told
+    assert "unknown key train.learning_rate. Did you mean train.lr?" in told
+    assert "unknown key train.fp16. Did you mean train.precision?" in told
+    known = set(flat(load_spec(SMALL).model_dump(mode="json", by_alias=True)))
+    assert set(TRAINER_NAMES.values()) <= known
 
 
 def test_short_forms_and_their_long_forms_are_equal() -> None:
@@ -180,6 +208,7 @@ def test_overrides_replace_add_and_reach_into_absent_sections(tmp_path: Path) ->
         ("=3", "'=3' is no override"),
         ("train..lr=3", "is no override"),
         ("train.lr=[", "the value is not valid YAML"),
+        ("name=2026-13-45", "the value is not valid YAML"),
         ("train.lr=0", "override: train.lr can't be 0. It takes a number above 0."),
         ("lr=1", "override: unknown key lr. Did you mean train.lr?"),
         ("freez.layers=1", "override: unknown key freez. Did you mean freeze?"),
