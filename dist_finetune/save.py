@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from dist_finetune.engine import Engine
@@ -14,6 +13,7 @@ from dist_finetune.job import Job, Stage
 from dist_finetune.models.export import export_model
 from dist_finetune.proof import digest_tensor, verify_frozen
 from dist_finetune.stage import load_base
+from dist_finetune.tensor_files import write_tensors
 from dist_finetune.world import World, on_first
 
 
@@ -64,4 +64,4 @@ def save_predictions(evaluations: Mapping[str, Evaluation], folder: Path) -> Non
     folder.mkdir(exist_ok=True)
     for name, evaluation in evaluations.items():
         tensors = {key: getattr(evaluation, key).contiguous() for key in ("logits", "labels", "rows")}
-        save_file(tensors, folder / f"{name}.safetensors")
+        write_tensors(tensors, folder / f"{name}.safetensors")

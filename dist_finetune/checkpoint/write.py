@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from dist_finetune.checkpoint.hashing import sha256_of
 from dist_finetune.checkpoint.layout import COMPLETE, FOLDER, FORMAT_VERSION, STATE, folder_name, shard_name, step_of
@@ -28,6 +27,7 @@ from dist_finetune.checkpoint.read import damage
 from dist_finetune.engine import Engine
 from dist_finetune.errors import TrainingError
 from dist_finetune.run_folder import write_json
+from dist_finetune.tensor_files import write_tensors
 from dist_finetune.world import World, gather_objects, on_first, patience
 
 NOTE_SUFFIX = ".note.json"
@@ -156,7 +156,7 @@ class CheckpointWriter:
         name = shard_name(self._world.rank)
         note = part / f"{name}{NOTE_SUFFIX}"
         try:
-            save_file(tensors, part / name)
+            write_tensors(tensors, part / name)
             sync_file(part / name)
             found = {"file": name, "size": (part / name).stat().st_size, "sha256": sha256_of(part / name)}
         except Exception as error:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from dist_finetune.features.depths import HEAD
 from dist_finetune.features.headed import BEST, HEADS, KERNEL, LINEAR
@@ -15,6 +14,7 @@ from dist_finetune.features.heads import HeadFit
 from dist_finetune.features.job import FeatureJob
 from dist_finetune.features.results import HeadResult, plot_results
 from dist_finetune.run_folder import environment, read_summary, write_json
+from dist_finetune.tensor_files import write_tensors
 
 Found = tuple[HeadFit, HeadResult]
 
@@ -86,7 +86,7 @@ def write_heads(job: FeatureJob, found: Sequence[Found], best: HeadResult) -> No
             tensors[f"{fit.depth}/{fit.kind}/weight"] = torch.from_numpy(fit.linear.weight).contiguous()
             tensors[f"{fit.depth}/{fit.kind}/bias"] = torch.from_numpy(fit.linear.bias).contiguous()
     if tensors:
-        save_file(tensors, folder / LINEAR)
+        write_tensors(tensors, folder / LINEAR)
     kernels = [pair for pair in found if pair[0].linear is None]
     if kernels:
         import skops.io

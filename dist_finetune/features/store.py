@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dist_finetune.errors import TrainingError, UserError
 from dist_finetune.run_folder import write_json
+from dist_finetune.tensor_files import write_tensors
 
 Vectors = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -79,7 +79,7 @@ class Store:
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+                write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)  # there where the disk is full

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dist_finetune.errors import UserError
 from dist_finetune.home import expand_home
 from dist_finetune.models.on_meta import on_meta
+from dist_finetune.tensor_files import write_tensors
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 NESTED_KEYS = ("state_dict", "model", "model_state_dict")
@@ -85,7 +86,7 @@ def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
         shared = storage in seen and tensor.numel() > 0
         tensors[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
         seen.add(storage)
-    save_file(tensors, path, metadata={"format": "pt"})
+    write_tensors(tensors, path, {"format": "pt"})
 
 
 def load_body(

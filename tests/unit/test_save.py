@@ -1,5 +1,6 @@
 """What a run leaves is whole: tensors that no rank held come back from the base model, or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from dist_finetune.job import Stage
 from dist_finetune.proof import digest_tensor
 from dist_finetune.save import _with_dropped, save_predictions
 from dist_finetune.spec import LaunchSpec
+from dist_finetune.tensor_files import write_tensors
 from dist_finetune.world import join_world, on_first, together
 
 
@@ -32,6 +34,18 @@ def test_what_was_dropped_comes_back_from_the_base_model_as_it_was(changed: str 
     base.state_dict()[changed].view(-1)[0] += 1e-6
     with pytest.raises(TrainingError, match=f"^{changed} of the base model is not what it was at the start"):
         _with_dropped(stage, base, trained)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_files_of_tensors_can_be_read_by_whom_other_files_can(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        write_tensors({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+        (tmp_path / "a.json").write_text("{}")
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode for name in ("a.safetensors", "a.json")]
+    assert modes[0] == modes[1]
 
 
 def test_what_a_full_disk_refuses_ends_all_ranks_in_words(tmp_path: Path) -> None:
