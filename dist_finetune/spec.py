@@ -38,6 +38,8 @@ def _fraction_or_sources(value: Any) -> Any:
         if not 0 < value < 1:
             raise ValueError(f"{value} is no fraction of the training data; it must lie between 0 and 1, such as 0.1")
         return float(value)
+    if isinstance(value, str) and re.fullmatch(r"[\d.]+\s*%|0?\.\d+", value):
+        raise ValueError(f"{value!r} is a text; write the fraction as a number, such as 0.1")
     sources = [value] if isinstance(value, str) else value
     if not isinstance(sources, (list, tuple)) or not sources or not all(isinstance(s, str) for s in sources):
         raise ValueError(f"takes a fraction such as 0.1, or files or a data set as data.train does (got {value!r})")
@@ -81,7 +83,7 @@ FractionOrSources = Annotated[
 
 
 class ModelSpec(Section):
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     """A transformers hub id or local folder, `timm:NAME`, `torchvision:NAME`, `demo:NAME` or `module:function`."""
     weights: str = "pretrained"
     """`pretrained`, `none` (random), or a .safetensors / .pth file of weights."""

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
 from datasets import Image as ImageFeature
 
+from dist_finetune.data.files import DELIMITERS
 from dist_finetune.data.label_kind import (
     NEEDS,
     are_numbers,
@@ -56,6 +58,8 @@ def find_columns(table: Dataset, spec: DataSpec, where: str, task: TaskName | No
     _refuse_unknown(table, spec, where)
     words = _find_words(table, spec, where, task)
     label = spec.label or (_find_label(table, spec, where, words, task),)
+    if spec.label is None and spec.columns is None:
+        _refuse_row_as_header(table, label[0], where)
     images = [n for n, f in table.features.items() if isinstance(f, ImageFeature) and n not in label]
     if spec.image is not None or (images and not spec.text):
         image = spec.image or _only(images, table, "image", where)
@@ -93,6 +97,20 @@ def _refuse_unknown(table: Dataset, spec: DataSpec, where: str) -> None:
         )
     if len(set(spec.label or ())) < len(spec.label or ()):
         raise UserError(f"data.label={', '.join(spec.label or ())}: the same column is named twice")
+
+
+def _refuse_row_as_header(table: Dataset, label: str, where: str) -> None:
+    """A file without a header line would lose its first row, unsaid. Its label then stands below as well."""
+    names = table.column_names
+    is_delimited = Path(where.split(", ")[0]).suffix.lower() in DELIMITERS
+    are_numbers_of_columns = names == [str(i) for i in range(len(names))]  # as pandas writes columns without names
+    if is_delimited and not are_numbers_of_columns and label in probe(table, label).to_pylist():
+        roles = {label: "label", **dict.fromkeys(_text_candidates(table, (label,))[:1], "text")}
+        wanted = ",".join(roles.get(name, f"column{i}") for i, name in enumerate(names, 1))
+        raise UserError(
+            f"{where}: the first line is read as the names of columns, but {label!r} is also a value below it. If the "
+            f"line is a row, name the columns: data.columns=[{wanted}]; if not, write data.label={label!r}"
+        )
 
 
 def _find_words(table: Dataset, spec: DataSpec, where: str, task: TaskName | None) -> str | None:
@@ -156,7 +174,10 @@ def _only(found: list[str], table: Dataset, role: str, where: str) -> str:
 
 
 def _listed(table: Dataset) -> str:
-    return "Columns: " + ", ".join(f"{name} ({_kind(table, name)})" for name in table.column_names) + "."
+    names = table.column_names
+    other = next((mark for mark in ";\t|," if mark in names[0]), None) if len(names) == 1 else None
+    split = f" Are they separated by {other!r}? A .csv file needs commas, a .tsv file tabs." if other else ""
+    return "Columns: " + ", ".join(f"{name} ({_kind(table, name)})" for name in names) + f".{split}"
 
 
 def _kind(table: Dataset, name: str) -> str:

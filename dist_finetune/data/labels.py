@@ -17,7 +17,7 @@ from datasets import ClassLabel, Dataset, LargeList, List, Value
 from dist_finetune.data.arrow import column_values
 from dist_finetune.data.columns import Columns
 from dist_finetune.data.sources import MAX_PLACES, Source
-from dist_finetune.errors import UserError, did_you_mean
+from dist_finetune.errors import UserError
 from dist_finetune.tasks.names import TaskName
 
 MAX_UNPROVEN_CLASSES = 20  # more classes than this, and more than half of the rows, is an id or a text, not a label
@@ -70,10 +70,12 @@ def class_names(labels: Labels, source: Source, columns: Columns) -> Names:
     are_numbers = all(re.fullmatch(r"-?\d+", name) for name in found)
     if columns.task == "classification" and len(found) > max(MAX_UNPROVEN_CLASSES, len(labels.rows) // 2):
         regression = " If they are numbers to be predicted, write task: regression." if are_numbers else ""
+        used = (*columns.inputs, *columns.label)
+        others = ", ".join(name for name in source.table.column_names if name not in used)
+        way = f"Write data.label=COLUMN; other columns: {others}" if others else "No other column could be one"
         raise UserError(
             f"{source.names}: column {columns.label_in_words} has {len(found)} different values in "
-            f"{len(labels.rows)} rows: no class label.{regression} "
-            f"{did_you_mean('label', source.table.column_names)} Write data.label=COLUMN"
+            f"{len(labels.rows)} rows: no class label.{regression} {way}"
         )
     if labels.declared is not None:
         return tuple(name for name in labels.declared if name in found)

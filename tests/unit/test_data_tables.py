@@ -305,6 +305,25 @@ def test_columns(tmp_path: Path, table: list[dict[str, Any]], data: dict[str, An
         assert [word for word in words if word not in message] == [], message
 
 
+def test_a_first_row_is_not_taken_for_a_header_unsaid(tmp_path: Path) -> None:
+    lines = [f"a text of {i}\t{('pos', 'neg')[i % 2]}\n" for i in range(30)]
+    path = tmp_path / "rows.tsv"
+    path.write_text("".join(lines))
+    told = refusal(train=str(path))
+    assert "the first line is read as the names of columns, but 'pos' is also a value" in told
+    assert "data.columns=[text,label]" in told
+    assert len(read(train=str(path), columns=["text", "label"], validation=str(path)).train) == 30
+    assert len(read(train=str(path), label="pos", validation=str(path)).train) == 29, "the user says that it is a name"
+    path.write_text("0\t1\n" + "".join(f"text {i}\t{i % 2}\n" for i in range(30)))
+    assert len(read(train=str(path), validation=str(path)).train) == 30, "as pandas numbers columns without names"
+
+
+def test_other_separators_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text;label\n" + "".join(f"text {i};{i % 2}\n" for i in range(30)))
+    assert "Are they separated by ';'? A .csv file needs commas" in refusal(train=str(path))
+
+
 def test_all_bad_rows_of_all_splits_are_told_at_once(tmp_path: Path) -> None:
     train, validation = rows(), rows(10, ("pos", "Pos", "great"))
     train[4]["text"] = " "
@@ -335,7 +354,10 @@ def test_one_class_fractions_ids_and_unlabelled_tests(tmp_path: Path) -> None:
     message = refusal(train=str(tmp_path / "e.parquet"), validation=str(tmp_path / "b.parquet"))
     assert "row 2: label 0.125 is a fraction" in message
     ids = [{"text": f"row {i}", "label": f"id-{i}"} for i in range(60)]
-    assert "60 different values in 60 rows" in refusal(train=write_csv(tmp_path / "c.csv", ids))
+    message = refusal(train=write_csv(tmp_path / "c.csv", ids))
+    assert "60 different values in 60 rows: no class label. No other column could be one" in message
+    message = refusal(train=write_csv(tmp_path / "f.csv", [{**row, "kind": "a"} for row in ids]), text="text")
+    assert "Write data.label=COLUMN; other columns: kind" in message
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     Dataset.from_dict({"text": ["a", "b"], "label": [-1, -1]}, features=features).to_parquet(tmp_path / "t.parquet")
     train = write_csv(tmp_path / "d.csv", rows(20, ("no", "yes")))

@@ -182,7 +182,7 @@ def test_validation_is_a_fraction_or_sources(given: Any, read: Any) -> None:
     assert load_spec({**SMALL, "data": {"train": "a.csv", "validation": given}}).data.validation == read
 
 
-@pytest.mark.parametrize("given", [0, 1, -0.5, None, [], [0.1], {"a": 1}])
+@pytest.mark.parametrize("given", [0, 1, -0.5, None, [], [0.1], {"a": 1}, "10%", "0.1"])
 def test_a_wrong_validation_is_one_problem(given: Any) -> None:
     assert message_of({**SMALL, "data": {"train": "a.csv", "validation": given}}).startswith("config: 1 problem\n")
 
