@@ -11,6 +11,7 @@ from dist_finetune.errors import did_you_mean, nearest
 from dist_finetune.models.structure import Part, Structure
 from dist_finetune.spec import FREEZE_WORDS, FreezeSpec
 
+MAX_LAYERS, MAX_TERM = 500, 40  # characters: no model has blocks of such numbers, and Python reads no such number
 LAYERS_HELP = '"1,2,3", "0-5,9", "-1", "first 6", "last 2", "50%" or "all"'
 
 
@@ -167,7 +168,7 @@ def _embeddings(structure: Structure) -> list[str] | str:
 
 
 def _layers(text: str, structure: Structure) -> list[str] | str:
-    where = f'layers "{text}"'
+    where = f'layers "{text}"' if len(text) <= MAX_LAYERS else f'layers "{text[:MAX_LAYERS]}..."'
     if not structure.depth:
         return f"{where}: {_no_blocks()}"
     indices: set[int] = set()
@@ -182,6 +183,8 @@ def _layers(text: str, structure: Structure) -> list[str] | str:
 def block_numbers(term: str, depth: int) -> Iterable[int] | str:
     """Block numbers of one comma-separated term, or what is wrong with it."""
     valid = f"this model has {depth} block{'s' if depth > 1 else ''}, numbers 0 to {depth - 1} (or -{depth} to -1)"
+    if len(term) > MAX_TERM:
+        return f"'{term[:MAX_TERM]}...' names no blocks. Write {LAYERS_HELP}; {valid}"
     if term.lower() == "all":
         return range(depth)
     if match := re.fullmatch(r"(first|last)\s+(\d+)", term, re.IGNORECASE):
@@ -193,7 +196,7 @@ def block_numbers(term: str, depth: int) -> Iterable[int] | str:
         # Decimal text times a whole number: rounding first keeps 0.1-like errors from losing a block.
         count = int(round(depth * float(match[1]) / 100, 6))
         if float(match[1]) > 100 or not count:
-            return f"{term!r} of {depth} blocks is {'more than all' if count else 'less than one'} block"
+            return f"{term!r} of {depth} blocks is {'more than all blocks' if count else 'less than one block'}"
         return range(count)
     if match := re.fullmatch(r"(-?\d+)(?:\s*-\s*(-?\d+))?", term):
         ends = [int(end) for end in match.groups() if end is not None]
