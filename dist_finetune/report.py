@@ -118,6 +118,12 @@ class Reporter:
                 step, f"loss {metrics['train/loss']:.4f}, {metrics['perf/samples_per_s']:.0f} samples/s"
             )
 
+        scores = [
+            f"{key.removeprefix('eval/')} {value:.4f}" for key, value in metrics.items() if key.startswith("eval/")
+        ]
+        if scores:
+            self.say(f"step {step}/{self._total_steps}: validation {', '.join(scores)}")
+
     def _write_metrics(self, line: str) -> None:
         """A full disk costs metrics, said once, and no training: it may have room again before the next checkpoint."""
         try:

@@ -321,6 +321,17 @@ def test_the_first_rank_writes_the_page_in_little_time_and_a_failure_is_a_warnin
     assert told in (copy / "log.txt").read_text(encoding="utf-8")
 
 
+def test_an_evaluation_is_told_on_the_screen_and_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Reporter(True)
+    report.open_files(tmp_path)
+    report.start_progress(86)
+    report.log(43, {"eval/loss": 0.5, "eval/accuracy": 0.75})
+    report.finish({}, 0)
+    told = "step 43/86: validation loss 0.5000, accuracy 0.7500\n"
+    assert told in capsys.readouterr().out
+    assert told in (tmp_path / "log.txt").read_text(encoding="utf-8")
+
+
 def test_features_have_a_page_and_no_comparison(tmp_path: Path, run: Path) -> None:
     folder = tmp_path / "heads"
     folder.mkdir()
