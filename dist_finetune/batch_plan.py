@@ -34,14 +34,7 @@ def rows_per_rank(spec: Spec, topology: Topology) -> int:
     Raises UserError where the processes can't share the batch evenly, or a rank's micro-batches its share.
     """
     train, world_size = spec.train, topology.world_size
-    if train.global_batch_size % world_size:
-        below = train.global_batch_size // world_size * world_size
-        works = " or ".join(str(n) for n in (below, below + world_size) if n)
-        raise UserError(
-            f"train.global_batch_size: {train.global_batch_size} can't be divided over {world_size} processes; "
-            f"use {works}"
-        )
-    share = train.global_batch_size // world_size
+    share = train.rows_per_process(world_size)
     if train.micro_batch_size != "auto" and share % train.micro_batch_size:
         small = [n for n in range(1, math.isqrt(share) + 1) if share % n == 0]
         works = ", ".join(map(str, sorted({*small, *(share // n for n in small)})))

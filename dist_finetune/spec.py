@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator
 
 from dist_finetune.durations import parse_bytes, parse_interval
-from dist_finetune.errors import did_you_mean
+from dist_finetune.errors import UserError, did_you_mean
 from dist_finetune.spec_base import AutoOrPositive, DurationS, PositiveInt, Section, StringList
 from dist_finetune.spec_base import empty_section as _section
 from dist_finetune.spec_features import FeaturesSpec
@@ -193,6 +193,17 @@ class TrainSpec(Section):
     """Stop after so many epochs without a better validation score; of several phases, the one that trains."""
     log_every: PositiveInt = 10
     """Optimizer steps between two lines of metrics."""
+
+    def rows_per_process(self, world_size: int) -> int:
+        """Rows of a global batch that each process takes. Raises UserError where they can't share it evenly."""
+        share, rest = divmod(self.global_batch_size, world_size)
+        if rest:
+            works = " or ".join(str(n * world_size) for n in (share, share + 1) if n)
+            raise UserError(
+                f"train.global_batch_size: {self.global_batch_size} can't be divided over {world_size} processes; "
+                f"use {works}"
+            )
+        return share
 
 
 class PhaseSpec(Section):

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,6 +14,9 @@ from dist_finetune.launchers.environment import refuse_run_in_many, world_from_e
 from dist_finetune.launchers.local import count_gpus, launch_local, num_workers
 from dist_finetune.signals import follow_launcher, hold_back_signals, let_signals_through
 from dist_finetune.verdict import tell_job_script
+
+if TYPE_CHECKING:
+    from dist_finetune.spec import Spec
 
 
 def run(
@@ -29,7 +32,7 @@ def run(
     spec = load(config, overrides)
     folder = folder_of(spec)
     arguments = [config, *(overrides or ())]
-    raise typer.Exit(_launch(arguments, folder, gpus, processes, fresh, spec.launch.max_restarts))
+    raise typer.Exit(_launch(arguments, spec, folder, gpus, processes, fresh))
 
 
 def resume(
@@ -58,8 +61,7 @@ def resume(
     arguments = [str(config), *(overrides or ()), *moved]
     spec = load(arguments[0], arguments[1:])
     changes = ["--changes", "allow" if allow else "layout"]
-    max_restarts = spec.launch.max_restarts
-    raise typer.Exit(_launch([*arguments, *changes], run_folder, gpus, processes, False, max_restarts))
+    raise typer.Exit(_launch([*arguments, *changes], spec, run_folder, gpus, processes, False))
 
 
 def train(
@@ -107,7 +109,7 @@ def features(
         arguments += ["task=features", name, *aside]
         spec = load(config, arguments[1:])
     folder = folder_of(spec)
-    raise typer.Exit(_launch(arguments, folder, gpus, processes, fresh, spec.launch.max_restarts))
+    raise typer.Exit(_launch(arguments, spec, folder, gpus, processes, fresh))
 
 
 def advise(config: Config, overrides: Overrides = None) -> None:
@@ -141,11 +143,13 @@ def selfcheck(
 
 
 def _launch(
-    arguments: list[str], folder: Path, gpus: int | None, processes: int | None, fresh: bool, max_restarts: int
+    arguments: list[str], spec: "Spec", folder: Path, gpus: int | None, processes: int | None, fresh: bool
 ) -> int:
     """Starts the workers of a run on this machine and returns their exit code."""
     refuse_run_in_many(os.environ)
     world_size = num_workers(gpus, processes, count_gpus())
+    if spec.task != "features":
+        spec.train.rows_per_process(world_size)  # told before so many processes import all that they need to tell it
     before = _identity(folder) if fresh else None
 
     def folder_ready() -> bool:
@@ -153,7 +157,7 @@ def _launch(
 
     debug, anew = ["--debug"] if "--debug" in sys.argv else [], ["--fresh"] if fresh else []
     worker = [sys.executable, "-m", "dist_finetune", *debug, "train", *arguments, *anew]
-    return launch_local(worker, world_size, folder / "logs", folder_ready, max_restarts=max_restarts)
+    return launch_local(worker, world_size, folder / "logs", folder_ready, max_restarts=spec.launch.max_restarts)
 
 
 def _identity(folder: Path) -> int | None:

@@ -82,6 +82,13 @@ def test_help_names_every_command() -> None:
         assert name in done.stdout
 
 
+def test_help_says_what_each_argument_is() -> None:
+    for name, words in (
+        ("report", "Run folders, one or several."), ("verify", "checkpoints/step-NNNNNN"), ("cache", "delete them all")
+    ):  # fmt: skip
+        assert words in command(name, "--help").stdout
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended(capsys, "--version") == (0, f"dist-finetune {__version__}\n", "")
 
@@ -157,6 +164,13 @@ def test_more_processes_than_gpus_is_refused_with_numbers(config: str, tmp_path:
     done = command("run", config, "--processes", "3", PATH=f"{program.parent}:{os.environ['PATH']}")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --processes 3 is more than the 2 visible GPUs, and each process needs one.")
+
+
+def test_processes_that_can_not_share_a_batch_are_not_started(config: str, tmp_path: Path) -> None:
+    """Each of them would take seconds of imports to say it, and 5,000 of them the machine."""
+    done = command("run", config, "--processes", "5000")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: train.global_batch_size: 32 can't be divided over 5000 processes; use 5000\n"
 
 
 def test_run_under_another_launcher_is_refused(config: str) -> None:
