@@ -75,7 +75,7 @@ def export(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, one or several.", show_default=False)],
     to: Annotated[
         Path | None, typer.Option(help="The file to write; left out: report.html in the folder of the one run.")
     ] = None,
@@ -89,7 +89,16 @@ def report(
     typer.echo(f"written: {path}")
 
 
-def verify(path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", show_default=False)]) -> None:
+def verify(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_CHECKPOINT",
+            help="A run's folder, or one of its checkpoints/step-NNNNNN.",
+            show_default=False,
+        ),
+    ],
+) -> None:
     """Check files and hashes of a run's checkpoints (or of one), and say what could be resumed."""
     from dist_finetune.checkpoint.verify import verify_path
 
@@ -114,7 +123,10 @@ def inspect(model: Annotated[str, typer.Argument(metavar="MODEL", help="As model
 
 
 def cache(
-    action: Annotated[Literal["ls", "clear"], typer.Argument(metavar="ls|clear", show_default=False)],
+    action: Annotated[
+        Literal["ls", "clear"],
+        typer.Argument(metavar="ls|clear", help="List the entries, or delete them all.", show_default=False),
+    ],
     folder: Annotated[Path, typer.Option(help="The cache's folder, as cache.folder in a config.")] = Path(
         "runs/.cache"
     ),

@@ -27,7 +27,7 @@ from dist_finetune.data.labels import (
 )
 from dist_finetune.data.sources import Source, key_of, paths_as_images, read_source
 from dist_finetune.data.split import hold_out, sample, text_key
-from dist_finetune.errors import UserError, did_you_mean
+from dist_finetune.errors import UserError, did_you_mean, nearest
 from dist_finetune.spec import DataSpec
 from dist_finetune.tasks.names import TaskName
 
@@ -181,9 +181,9 @@ def _require_columns(sources: dict[str, Source], columns: Columns, labelled: boo
         there = source.table.column_names
         for name in names:
             if name not in there:
-                near = did_you_mean(name, there)
+                guess = did_you_mean(name, there) + " " if nearest(name, there) else ""
                 problems.append(
-                    f"{key_of(role)}: {source.names} lacks the column {name!r} of the training rows. {near} "
+                    f"{key_of(role)}: {source.names} lacks the column {name!r} of the training rows. {guess}"
                     f"Columns: {', '.join(there)}."
                 )
             elif name in columns.text and not (

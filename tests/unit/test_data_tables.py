@@ -371,6 +371,8 @@ def test_other_columns_in_validation(tmp_path: Path) -> None:
     message = refusal(train=train, validation=other)
     assert f"data.validation: {other} lacks the column 'text'" in message
     assert "Did you mean texts?" in message
+    message = refusal(train=train, validation=write_csv(tmp_path / "d.csv", [{"x": "a", "label": "pos"}]))
+    assert message.endswith("lacks the column 'text' of the training rows. Columns: x, label."), message
     Dataset.from_list([{"text": 3, "label": "pos"}]).to_parquet(tmp_path / "c.parquet")
     assert "'text' holds Value('int64'), not text" in refusal(train=train, validation=str(tmp_path / "c.parquet"))
     assert "need the same columns" in refusal(train=[train, other])
