@@ -40,7 +40,7 @@ def train(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary
         try:
             found = on_first(world, lambda: check_run_folder(spec, fresh, changes))
             if found == "finished":
-                report.say(f"{folder_of(spec)} is finished; --fresh trains it again")
+                report.say(f"{folder_of(spec)} is finished; `run` with --fresh trains it again")
                 return load_summary(folder_of(spec))
             return _train(spec, fresh, world, report, signals, started_s)
         except Exception as error:

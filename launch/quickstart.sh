@@ -74,4 +74,5 @@ for label, text in {
 }.items():
     table.add_row(label, *(text(run) for run in runs))
 Console().print(table)
+print("All of a run on one page, in any browser:", " and ".join(str(folder / "report.html") for folder in folders))
 PYTHON

@@ -29,6 +29,7 @@ from dist_finetune.tasks.names import LOSS_UNITS, LOWER_IS_BETTER, SHARES
 FILE = "report.html"
 SPLITS = ("validation", "test")
 NORM = "L2 norm before clipping"
+RATE = "learning rate, the highest of all parts"
 ROUGH = ("train/loss", "train/grad_norm")  # they jump from step to step, and are read by their running mean
 
 
@@ -175,7 +176,7 @@ def _run_plots(record: RunRecord) -> list[dict[str, Any]]:
         ("Validation scores", shares, "score, 0 to 1", False, True),
         ("Validation agreement", others, "score, 1 at best", False, False),
         ("Validation errors", errors, "error, 0 at best", True, False),
-        ("Learning rate", ["train/lr"], "learning rate", False, False),
+        ("Learning rate", ["train/lr"], RATE, False, False),
         ("Gradient norm", ["train/grad_norm"], NORM, True, False),
     ):
         found = [key for key in keys if key in series]
@@ -255,7 +256,7 @@ def _shared_plots(records: Sequence[RunRecord], names: Sequence[str]) -> list[di
     scores = sorted(key for key in keys if key.startswith("eval/") and key != "eval/loss")
     unit = " or ".join(dict.fromkeys(LOSS_UNITS[record.task] for record in records))
     wanted = [("train/loss", unit), ("eval/loss", unit)]
-    wanted += [*((key, "score") for key in scores), ("train/lr", "learning rate"), ("train/grad_norm", NORM)]
+    wanted += [*((key, "score") for key in scores), ("train/lr", RATE), ("train/grad_norm", NORM)]
     plots = []
     for key, unit in wanted:
         lines = []

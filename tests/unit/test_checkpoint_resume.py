@@ -95,7 +95,7 @@ def test_a_finished_run_says_so_and_is_not_touched(
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     capsys.readouterr()
     assert start() == first
-    assert f"{run} is finished; --fresh trains it again" in capsys.readouterr().out
+    assert f"{run} is finished; `run` with --fresh trains it again" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
