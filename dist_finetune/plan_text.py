@@ -68,7 +68,8 @@ def _feature_lines(plan: Plan) -> str:
 def _input_lines(plan: Plan) -> list[str]:
     data = plan.data
     rows = ", ".join(f"{count:,} {split}" for split, count in data.num_rows.items())
-    size = f"up to {data.max_length} tokens" if data.modality == "text" else f"{data.image_size} pixels"
+    pixels = " x ".join(map(str, data.image_size or ()))
+    size = f"up to {data.max_length} tokens" if data.modality == "text" else f"{pixels} pixels"
     return [
         f"model     {plan.card.name}, {data.modality}, {outputs_in_words(data.task, data.classes)}",
         f"data      {rows} rows, {size}",

@@ -83,7 +83,7 @@ FractionOrSources = Annotated[
 
 
 class ModelSpec(Section):
-    name: Annotated[str, Field(min_length=1)]
+    name: str
     """A transformers hub id or local folder, `timm:NAME`, `torchvision:NAME`, `demo:NAME` or `module:function`."""
     weights: str = "pretrained"
     """`pretrained`, `none` (random), or a .safetensors / .pth file of weights."""

@@ -138,6 +138,9 @@ def cache(
     if action == "clear":
         typer.echo(f"{clear(folder) / 2**20:,.1f} MiB freed in {folder}")
         return
-    for entry in list_entries(folder):
+    entries = list_entries(folder)
+    if not entries:
+        typer.echo(f"no stored activations in {folder}")
+    for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         typer.echo(f"{entry.key}  {entry.num_bytes / 2**20:>10,.1f} MiB  used {used}  {entry.source}")

@@ -18,7 +18,7 @@ import pyarrow.parquet
 from datasets import Features
 
 from dist_finetune.data.conll import conll_sentences
-from dist_finetune.errors import UserError, did_you_mean
+from dist_finetune.errors import UserError, did_you_mean, nearest
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".conll")
@@ -294,6 +294,5 @@ def missing_path(path: Path, key: str) -> UserError:
         parent = parent.parent
     names = sorted(item.name for item in parent.iterdir() if item.name[0] != ".") if parent.is_dir() else []
     lost = path.relative_to(parent).parts[0] if parent in path.parents else path.name
-    return UserError(
-        f"{key}: {path} does not exist (looked in {parent.resolve()}). {did_you_mean(lost, names)}".rstrip()
-    )
+    guess = did_you_mean(lost, names) if nearest(lost, names) else ""  # not whatever else the folder holds
+    return UserError(f"{key}: {path} does not exist (looked in {parent.resolve()}). {guess}".rstrip())

@@ -86,7 +86,8 @@ def run_facts(record: RunRecord) -> list[Fact]:
     source = record.freeze.get("source") or {}
     rows = ", ".join(f"{count:,} {split}" for split, count in data.get("num_rows", {}).items())
     is_text = data.get("modality") == "text"
-    size = f"up to {data.get('max_length')} tokens" if is_text else f"{data.get('image_size')} pixels"
+    pixels = " x ".join(map(str, data.get("image_size") or ()))
+    size = f"up to {data.get('max_length')} tokens" if is_text else f"{pixels} pixels"
     world_size = topology.get("num_nodes", 1) * topology.get("processes_per_node", 1)
     facts = [
         Fact(

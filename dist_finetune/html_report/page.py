@@ -29,7 +29,7 @@ from dist_finetune.tasks.names import LOSS_UNITS, LOWER_IS_BETTER, SHARES
 FILE = "report.html"
 SPLITS = ("validation", "test")
 NORM = "L2 norm before clipping"
-RATE = "learning rate, the highest of all parts"
+RATE = "highest learning rate"
 ROUGH = ("train/loss", "train/grad_norm")  # they jump from step to step, and are read by their running mean
 
 

@@ -281,4 +281,7 @@ def test_the_command_lists_and_clears(
         main(["cache", "clear", "--folder", str(tmp_path)])
     assert "2.0 MiB freed" in capsys.readouterr().out
     assert clear(tmp_path) == 0
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["cache", "ls", "--folder", str(tmp_path)])
+    assert capsys.readouterr().out == f"no stored activations in {tmp_path}\n"
     assert not tmp_path.exists()

@@ -211,8 +211,9 @@ def test_rows_that_do_not_fit_the_run_are_refused(
 def test_what_can_not_be_evaluated_says_so(text_run: Path, material: Material, tmp_path: Path) -> None:
     assert "has no data.test" in refused(lambda: evaluate_run(text_run, split="test"))
     assert "leave one out" in refused(lambda: evaluate_run(text_run, "builtin:topics", "test"))
-    assert f"DATA: {tmp_path / 'absent.csv'} does not exist" in refused(
-        lambda: evaluate_run(text_run, str(tmp_path / "absent.csv"))
+    (tmp_path / "zzz.txt").touch()
+    assert refused(lambda: evaluate_run(text_run, str(tmp_path / "absent.csv"))) == (
+        f"DATA: {tmp_path / 'absent.csv'} does not exist (looked in {tmp_path})."
     )
     assert f"Write {text_run}." in refused(lambda: evaluate_run(text_run / "model"))
     summary = text_run / "summary.json"

@@ -416,6 +416,12 @@ def test_epochs_beside_phases_that_have_their_own_are_noted(folder: Path) -> Non
     assert not any("train.epochs" in note for note in plan_notes(make_plan(left_out, gpus(1, None))))
 
 
+def test_a_plan_names_the_pixels_of_images(folder):
+    model, data = {"name": "timm:resnet10t", "weights": "none"}, {"train": "builtin:digits", "image_size": 32}
+    plan = make_plan(spec_of(folder, model=model, data=data, freeze={}), Topology())
+    assert "rows, 32 x 32 pixels" in plan_lines(plan)
+
+
 def test_a_plan_refuses_images_that_the_model_can_not_take(folder):
     model, data = {"name": "torchvision:alexnet", "weights": "none"}, {"train": "builtin:digits", "image_size": 33}
     with pytest.raises(UserError, match=r"data\.image_size: .* 33x33 pixels"):
