@@ -6,6 +6,7 @@ rows from 1, the header aside.
 
 import csv
 import json
+import os
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -289,6 +290,8 @@ def _slices(path: Path, table: pa.Table, num_rows: int | None) -> Iterator[pa.Ta
 
 def missing_path(path: Path, key: str) -> UserError:
     """The error for a path that isn't there, with the nearest names of the folder it should be in."""
+    if os.path.lexists(path):
+        return UserError(f"{key}: {path} is neither a file nor a folder, but a pipe, a device or a link to nothing")
     parent = path.parent
     while not parent.is_dir() and parent != parent.parent:
         parent = parent.parent

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -316,6 +317,13 @@ def test_a_first_row_is_not_taken_for_a_header_unsaid(tmp_path: Path) -> None:
     assert len(read(train=str(path), label="pos", validation=str(path)).train) == 29, "the user says that it is a name"
     path.write_text("0\t1\n" + "".join(f"text {i}\t{i % 2}\n" for i in range(30)))
     assert len(read(train=str(path), validation=str(path)).train) == 30, "as pandas numbers columns without names"
+
+
+def test_what_is_no_file_is_not_said_to_be_absent(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "link.csv").symlink_to("nothing.csv")
+    for name in ("pipe.csv", "link.csv"):
+        assert "is neither a file nor a folder" in refusal(train=str(tmp_path / name))
 
 
 def test_other_separators_are_noticed(tmp_path: Path) -> None:
