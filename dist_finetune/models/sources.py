@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+EXAMPLES = {"timm": "timm:resnet50", "torchvision": "torchvision:resnet50", "demo": "demo:minilm"}
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -100,6 +101,8 @@ def forward_logits(model: nn.Module, inputs: dict[str, Tensor] | Tensor) -> Tens
 def _locate(spec: ModelSpec) -> tuple[Source, str]:
     name = spec.name
     prefix, colon, rest = name.partition(":")
+    if colon and prefix in ("timm", "torchvision", "demo") and not rest:
+        raise UserError(f"model.name {name}: a model's name has to follow, such as {EXAMPLES[prefix]}")
     if colon and prefix in ("timm", "torchvision"):
         return ("timm" if prefix == "timm" else "torchvision"), rest
     if colon and prefix == "demo":
@@ -110,8 +113,11 @@ def _locate(spec: ModelSpec) -> tuple[Source, str]:
             return "timm", EFFICIENTNET_ARCHITECTURE
         return "transformers", str(minilm_folder())
     path = expand_home(name)
-    if path.is_dir():
-        return _locate_in(path, name), str(path)
+    try:
+        if path.is_dir():
+            return _locate_in(path, name), str(path)
+    except OSError as error:
+        raise UserError(f"model.name {name[:80]}...: {error.strerror}") from None
     if FUNCTION.fullmatch(name):
         return "custom", name
     if not HUB_ID.fullmatch(name) or name.endswith((".json", ".safetensors", ".bin", ".pth", ".pt")) or path.exists():

@@ -72,6 +72,8 @@ def test_a_missing_demo_package_is_named_with_its_install(monkeypatch: pytest.Mo
         ("torchvision:resnet5", ["no such classifier", "resnet50"]),
         ("torchvision:fcn_resnet50", ["no such classifier"]),
         ("./no/such/folder", ["no such folder"]),
+        ("timm:", ["timm:resnet50"]),
+        ("a" * 300, ["File name too long"]),
         ("no_such_module:build", ["no_such_module", "not found", "PYTHONPATH"]),
         ("dist_finetune.errors:nearst", ["no function nearst", "nearest"]),
         ("dist_finetune.errors:nearest", ["failed", "num_classes=2"]),
