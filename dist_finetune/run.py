@@ -8,6 +8,7 @@ from dist_finetune.checkpoint.resume import find_start
 from dist_finetune.checkpoint.saver import Saver
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.finish import finish_run
+from dist_finetune.hold import Hold
 from dist_finetune.job import Job
 from dist_finetune.launchers.brought import refuse_launcher_settings
 from dist_finetune.models.sources import load_tokenizer
@@ -15,7 +16,7 @@ from dist_finetune.plan import Plan, plan_run, with_micro_batch
 from dist_finetune.plan_text import plan_lines, plan_notes
 from dist_finetune.proof import verify_frozen
 from dist_finetune.report import Reporter, require_trackers
-from dist_finetune.run_folder import Changes, check_run_folder, folder_of, start_run_folder
+from dist_finetune.run_folder import Changes, enter_run_folder, folder_of, start_run_folder
 from dist_finetune.signals import StopSignals
 from dist_finetune.spec import Spec
 from dist_finetune.stage import load_base, next_stage, open_stage
@@ -37,18 +38,21 @@ def train(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary
     started_s = time.perf_counter()
     with StopSignals() as signals, join_world(spec.launch) as world:
         report, found = Reporter(world.is_first), None
-        try:
-            found = on_first(world, lambda: check_run_folder(spec, fresh, changes))
-            if found == "finished":
-                report.say(f"{folder_of(spec)} is finished; `run` with --fresh trains it again")
-                return load_summary(folder_of(spec))
-            return _train(spec, fresh, world, report, signals, started_s)
-        except Exception as error:
-            end_early(folder_of(spec), found, error, world, report)
-            raise
+        with Hold(folder_of(spec), report.say) as hold:
+            try:
+                found = on_first(world, lambda: enter_run_folder(spec, fresh, changes, hold))
+                if found == "finished":
+                    report.say(f"{folder_of(spec)} is finished; `run` with --fresh trains it again")
+                    return load_summary(folder_of(spec))
+                return _train(spec, fresh, world, report, signals, hold, started_s)
+            except Exception as error:
+                end_early(folder_of(spec), found, error, world, report, hold)
+                raise
 
 
-def _train(spec: Spec, fresh: bool, world: World, report: Reporter, signals: StopSignals, started_s: float) -> Summary:
+def _train(
+    spec: Spec, fresh: bool, world: World, report: Reporter, signals: StopSignals, hold: Hold, started_s: float
+) -> Summary:
     """Plan; then for each phase load, freeze, optimizer, shard, train, prove; then save what came of it."""
     job = _prepare(spec, world, report, signals)
     plan = job.plan
@@ -60,12 +64,12 @@ def _train(spec: Spec, fresh: bool, world: World, report: Reporter, signals: Sto
     del model  # it is the engine's, which frees it before the next phase
     stop_if_told(signals)
     # every refusal of the user's input lies behind us: only now is anything written
-    on_first(world, lambda: start_run_folder(spec, fresh, progress.step, progress.evaluated))
+    on_first(world, lambda: start_run_folder(spec, fresh, progress.step, progress.evaluated, hold))
     report.open_files(job.folder)
     on_first(world, lambda: write_start(job, provenance, stage, progress))
     on_first(world, lambda: report.open_trackers(spec, job.folder, plan.to_json()))
     report.start_progress(plan.total_steps)
-    saver = Saver(job, provenance, progress)
+    saver = Saver(job, provenance, progress, hold)
     stop = StopWish(world, signals, job.folder, spec.launch.time_limit, started_s, saver.every_s)
     end = partial(write_end, job.folder, world=world)
     with saver, Watchdog(world, job.folder, spec.launch, lambda: stop.num_calls, end):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dist_finetune.errors import UserError
+from dist_finetune.hold import Hold, cannot_write
 from dist_finetune.home import expand_home
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import resolved_yaml
@@ -88,25 +89,35 @@ def check_run_folder(spec: Spec, fresh: bool, changes: Changes) -> Literal["new"
     return "finished" if read_summary(folder).get("status") == "finished" and not longer else "unfinished"
 
 
-def start_run_folder(spec: Spec, fresh: bool, step: int, evaluated: bool) -> Path:
+def enter_run_folder(spec: Spec, fresh: bool, changes: Changes, hold: Hold) -> Literal["new", "unfinished", "finished"]:
+    """As `check_run_folder`, of a folder that no other job writes from here on, where it is there and not finished."""
+    found = check_run_folder(spec, fresh, changes)
+    if found == "finished" or not folder_of(spec).exists():
+        return found
+    hold.take()
+    return check_run_folder(spec, fresh, changes)  # the job that held it may have brought it further
+
+
+def start_run_folder(spec: Spec, fresh: bool, step: int, evaluated: bool, hold: Hold) -> Path:
     """Makes the run's folder, or readies it for going on after optimizer step `step` (0: from the start).
 
     What was recorded after that step is dropped, so that files and trackers tell one story. `fresh` keeps an existing
-    folder aside, under a name with the time. Raises UserError where the place can't be written.
+    folder aside, under a name with the time. Raises UserError where the place can't be written, or is another job's.
     """
     folder = folder_of(spec)
     try:
         if fresh and (folder / "config.yaml").exists():
-            _move_aside(folder)
+            hold.take()
+            hold.moved(_move_aside(folder))
         folder.mkdir(parents=True, exist_ok=True)
+        if hold.take() and (folder / "config.yaml").exists():  # it was not there when this job looked
+            raise UserError(f"{folder}: another job has begun this run since; start again to go on with what it left")
         write_text(folder / "config.yaml", resolved_yaml(spec))
         for leftover in (STOP_FILE, "summary.json", *(STARTED_OVER if step == 0 else ())):
             (folder / leftover).unlink(missing_ok=True)
         _trim_metrics(folder / METRICS, step, evaluated)
     except OSError as error:
-        raise UserError(
-            f"{folder}: can't be written: {error.strerror or error}; choose another output=... or name=..."
-        ) from None
+        raise UserError(cannot_write(folder, error)) from None
     return folder
 
 
@@ -212,7 +223,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _move_aside(folder: Path) -> None:
+def _move_aside(folder: Path) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     target = folder.with_name(f"{folder.name}.{stamp}")
     number = 1
@@ -220,6 +231,7 @@ def _move_aside(folder: Path) -> None:
         number += 1
         target = folder.with_name(f"{folder.name}.{stamp}-{number}")
     folder.rename(target)
+    return target
 
 
 def refuse_other_config(config: Path, spec: Spec, changes: Changes) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.errors import PlanError, UserError
+from dist_finetune.hold import Hold
 from dist_finetune.launchers.cloud import cloud_commands, render_cloud
 from dist_finetune.launchers.cloud_files import refuse_what_stays_here
 from dist_finetune.launchers.cloud_job import CloudJob
@@ -25,7 +26,7 @@ from dist_finetune.launchers.sweep import sweep_trials
 from dist_finetune.plan import Plan, for_planning, plan_run
 from dist_finetune.plan_text import plan_lines, plan_notes
 from dist_finetune.price import GpuPrice, cost_lines, read_prices
-from dist_finetune.run_folder import LOGS, check_run_folder, folder_of, start_run_folder, write_text
+from dist_finetune.run_folder import LOGS, check_run_folder, enter_run_folder, folder_of, start_run_folder, write_text
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec, resolved_yaml
 from dist_finetune.topology import Topology
@@ -63,7 +64,7 @@ def submit(config: str, overrides: Sequence[str], request: Request, say: Callabl
         raise UserError("there is no sbatch here: submit on a login node of the cluster, or look with --dry-run")
     if request.to == "slurm":
         _refuse_second_job(folder)
-    _write(folder, path, text, [specs[number] for number in to_train], request.fresh)
+    _write(folder, path, text, [specs[number] for number in to_train], request.fresh, say)
     if request.to == "slurm":
         _submit_slurm(path, folder, to_train[0] if len(specs) > 1 else None, say)
     else:
@@ -97,17 +98,18 @@ def _show_plan(
     return True
 
 
-def _write(folder: Path, path: Path, text: str, specs: Sequence[Spec], fresh: bool) -> None:
+def _write(folder: Path, path: Path, text: str, specs: Sequence[Spec], fresh: bool, say: Callable[[str], None]) -> None:
     """The run folders with their configs, and the job's file.
 
     The job trains from these copies, so that later edits of the user's config don't change a job that waits in the
     queue.
     """
     for spec in specs:
-        if check_run_folder(spec, fresh, "layout") == "new":
-            start_run_folder(spec, fresh, step=0, evaluated=False)
-        else:
-            write_text(folder_of(spec) / "config.yaml", resolved_yaml(spec))
+        with Hold(folder_of(spec), say) as hold:
+            if enter_run_folder(spec, fresh, "layout", hold) == "new":
+                start_run_folder(spec, fresh, step=0, evaluated=False, hold=hold)
+            else:
+                write_text(folder_of(spec) / "config.yaml", resolved_yaml(spec))
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     write_text(path, text)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dist_finetune.evaluate import Evaluation
+from dist_finetune.hold import Hold
 from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.models.card import Provenance
 from dist_finetune.peak_memory import peak_memory_gib
@@ -153,14 +154,15 @@ def write_end(folder: Path | None, error: Exception, world: World) -> None:
             write_json(folder / "summary.json", told)
 
 
-def end_early(folder: Path, found: str | None, error: Exception, world: World, report: Reporter) -> None:
+def end_early(folder: Path, found: str | None, error: Exception, world: World, report: Reporter, hold: Hold) -> None:
     """Marks a run that `error` ends, and closes its files and trackers. `found` is what `check_run_folder` said, None
     where it refused. Told to stop, which every rank is at once, all wait for the first one: most launchers end a job,
     and a tracker that is still closing, with its first process."""
     # before it has started, what the folder holds is another run's, or one that --fresh will put aside
-    is_ours = found == "unfinished" or report.has_files
+    is_ours = (found == "unfinished" or report.has_files) and not hold.is_lost
     write_end(folder if is_ours else None, error, world)
     report.finish({}, exit_code=1)
+    hold.release()
     if isinstance(error, Stopped):
         wait_for_first()
 

@@ -10,9 +10,11 @@ from dist_finetune.checkpoint.layout import FOLDER, folder_name
 from dist_finetune.checkpoint.read import Checkpoint, open_checkpoint
 from dist_finetune.checkpoint.write import CheckpointWriter, snapshot
 from dist_finetune.engine import Engine
+from dist_finetune.hold import Hold
 from dist_finetune.job import Job, Progress, Stage, identity
 from dist_finetune.models.card import Provenance
 from dist_finetune.proof import verify_frozen
+from dist_finetune.world import on_first
 
 FINISH_S = 10.0  # what a failed run waits for the save that is being written; a lost rank's shard never comes
 
@@ -20,9 +22,9 @@ FINISH_S = 10.0  # what a failed run waits for the save that is being written; a
 class Saver:
     """Saves a run's checkpoints as `checkpoint` in its config says. All methods are collective."""
 
-    def __init__(self, job: Job, provenance: Provenance, progress: Progress) -> None:
+    def __init__(self, job: Job, provenance: Provenance, progress: Progress, hold: Hold) -> None:
         spec = job.plan.spec
-        self._job, self._provenance = job, provenance
+        self._job, self._provenance, self._hold = job, provenance, hold
         best_step = progress.best_step if spec.checkpoint.best and progress.best else None
         self._writer = CheckpointWriter(
             job.folder, spec.checkpoint.keep, best_step, job.world, spec.launch.file_timeout, job.report.say
@@ -48,7 +50,9 @@ class Saver:
         return self._every_steps is not None and step % self._every_steps == 0
 
     def save(self, stage: Stage, progress: Progress, best: bool = False) -> None:
-        """Saves the run as it is after `progress.step`, unless that step is saved already. `best` keeps it for good."""
+        """Saves the run as it is after `progress.step`, unless that step is saved already. `best` keeps it for good.
+        Raises TrainingError where the folder is another job's by now."""
+        on_first(self._job.world, self._hold.require)
         if self._saved_step == progress.step:
             if best:
                 self._writer.protect(progress.step)

@@ -25,9 +25,10 @@ from dist_finetune.features.keep import keep_models
 from dist_finetune.features.minibatch import fit_minibatch
 from dist_finetune.features.results import HeadResult, head_result, render_results
 from dist_finetune.features.room import available_bytes, fits
+from dist_finetune.hold import Hold
 from dist_finetune.html_report.at_end import write_page
 from dist_finetune.report import Reporter, require_trackers
-from dist_finetune.run_folder import Changes, check_run_folder, folder_of, resume_command, start_run_folder, write_json
+from dist_finetune.run_folder import Changes, enter_run_folder, folder_of, resume_command, start_run_folder, write_json
 from dist_finetune.signals import StopSignals
 from dist_finetune.spec import Spec
 from dist_finetune.spec_features import HeadKind
@@ -46,18 +47,19 @@ def compare_heads(spec: Spec, fresh: bool = False, changes: Changes = "none") ->
     refuse_idle_settings(spec)
     with join_world(spec.launch) as world:
         report, folder, found = Reporter(world.is_first), folder_of(spec), None
-        try:
-            found = on_first(world, lambda: check_run_folder(spec, fresh, changes))
-            if found == "finished":
-                report.say(f"{folder} is finished; --fresh runs it again")
-                return load_feature_summary(folder)
-            return _run(spec, fresh, world, report, started_s)
-        except Exception as error:
-            end_early(folder, found, error, world, report)
-            raise
+        with Hold(folder, report.say) as hold:
+            try:
+                found = on_first(world, lambda: enter_run_folder(spec, fresh, changes, hold))
+                if found == "finished":
+                    report.say(f"{folder} is finished; --fresh runs it again")
+                    return load_feature_summary(folder)
+                return _run(spec, fresh, world, report, hold, started_s)
+            except Exception as error:
+                end_early(folder, found, error, world, report, hold)
+                raise
 
 
-def _run(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: float) -> FeatureSummary:
+def _run(spec: Spec, fresh: bool, world: World, report: Reporter, hold: Hold, started_s: float) -> FeatureSummary:
     folder = folder_of(spec)
     on_first(world, lambda: require_trackers(spec.track))
     report.say(f"reading {', '.join(spec.data.train)}")
@@ -66,7 +68,7 @@ def _run(spec: Spec, fresh: bool, world: World, report: Reporter, started_s: flo
     kinds, notes = heads_for(spec.features.heads, len(tables.train))
     report.notes(notes)
     job = prepare_features(spec, tables, folder, world, report)
-    on_first(world, lambda: start_run_folder(spec, fresh, 0, True))
+    on_first(world, lambda: start_run_folder(spec, fresh, 0, True, hold))
     on_first(world, lambda: write_start_files(job))
     report.open_files(folder)
     on_first(world, lambda: report.open_trackers(spec, folder, spec.model_dump(mode="json", by_alias=True)))

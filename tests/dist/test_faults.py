@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import REPOSITORY, Run, read_json, write_config
-from job_process import faulty_config, run_command, started
+from harness import REPOSITORY, Run, read_json, read_lines, run_ranks, write_config
+from job_process import faulty_config, faulty_environment, run_command, started, wait_for_step
 from material import Material
 
 from dist_finetune.checkpoint.layout import checkpoint_folders
@@ -95,3 +95,34 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(material: Material, small_disk
     assert read_json(run / "summary.json")["attempts"] == 2
     assert all(torch.equal(a.weights()[name], tensor) for name, tensor in b.weights().items())
     assert a.series("train/loss") == b.series("train/loss")
+
+
+def test_a_second_job_on_the_folder_of_a_first_is_refused(material: Material, tmp_path: Path) -> None:
+    """It waits a second here, else more than a minute. The first one notices nothing."""
+    changes: dict[str, Any] = {"train": {"epochs": 400}, "checkpoint": {"every": "1000 steps"}}
+    config = write_config(
+        tmp_path / "job.yaml", faulty_config(material, **changes), name="job", output=str(tmp_path / "runs")
+    )
+    run, second = tmp_path / "runs" / "job", tmp_path / "second.py"
+    second.write_text(
+        f"import os, sys; os.environ.update({faulty_environment(material)!r})\n"
+        f"sys.path += {faulty_environment(material)['PYTHONPATH'].split(':')!r}\n"
+        "from dist_finetune.cli import main\n"
+        "from dist_finetune.hold import Hold\n"
+        "Hold.take.__defaults__ = (1.0,)\n"
+        "main()\n"
+    )
+    with started(run_command(config), tmp_path, material) as job:
+        wait_for_step(job, run, 3)
+        for words in (["train", config], ["train", config, "--fresh"]):
+            done = run_ranks(2, second, words, 90, tmp_path)
+            assert done.returncode == 2, done.stderr[-3000:]
+            assert f"is being written by another job, process {job.rank_pid(0)} on " in done.stderr
+        step = read_lines(run / "metrics.jsonl")[-1]["step"]
+        wait_for_step(job, run, step + 2)
+        job.process.terminate()
+        assert job.wait(60) == 75, job.output()[-3000:]
+    steps = [row["step"] for row in read_lines(run / "metrics.jsonl") if "train/loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
+    assert [start["attempt"] for start in read_lines(run / "attempts.jsonl")] == [1]
+    assert not list(run.glob(".writer*"))

@@ -28,6 +28,7 @@ from dist_finetune.data.columns import Columns
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.errors import UserError
 from dist_finetune.features import run as features_run
+from dist_finetune.hold import Hold
 from dist_finetune.report import Reporter
 from dist_finetune.signals import StopSignals
 from dist_finetune.spec import DataSpec
@@ -408,7 +409,7 @@ def test_one_rank_decodes_the_images_of_a_job(tmp_path: Path) -> None:
     with join_world(spec.launch) as world:
         for prepare in (
             lambda rank: run._prepare(spec, rank, Reporter(False), StopSignals()),
-            lambda rank: features_run._run(spec, False, rank, Reporter(False), 0.0),
+            lambda rank: features_run._run(spec, False, rank, Reporter(False), Hold(tmp_path), 0.0),
             lambda rank: advise_run._advise(spec, rank, Reporter(False)),
         ):
             with pytest.raises(UserError, match=r"1\.jpg: a damaged image file"):

@@ -28,6 +28,7 @@ from dist_finetune.cli import main
 from dist_finetune.data.images import evaluation_pixels, normalised
 from dist_finetune.data.tables import read_tables
 from dist_finetune.errors import UserError
+from dist_finetune.hold import Hold
 from dist_finetune.inference import predict
 from dist_finetune.inference.evaluate import evaluate_run
 from dist_finetune.inference.export import export_run
@@ -37,7 +38,7 @@ from dist_finetune.models.export import export_model
 from dist_finetune.models.load import load_model
 from dist_finetune.models.sources import load_tokenizer
 from dist_finetune.plan import plan_run
-from dist_finetune.run_folder import start_run_folder, write_json
+from dist_finetune.run_folder import folder_of, start_run_folder, write_json
 from dist_finetune.spec_file import load_spec
 from dist_finetune.topology import local_topology
 
@@ -52,7 +53,7 @@ def write_run(config: dict[str, Any], output: Path, name: str) -> Path:
     with torch.no_grad():
         for parameter in list(model.parameters())[-2:]:
             parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    folder = start_run_folder(spec, fresh=False, step=0, evaluated=True)
+    folder = start_run_folder(spec, fresh=False, step=0, evaluated=True, hold=Hold(folder_of(spec)))
     write_json(folder / "plan.json", plan.to_json())
     tokenizer = load_tokenizer(plan.card) if plan.card.modality == "text" else None
     export_model(plan.card, spec.model, plan.data.classes, model.state_dict(), folder / "model", tokenizer)
