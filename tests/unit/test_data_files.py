@@ -163,3 +163,32 @@ def test_conll_files_hold_sentences(tmp_path: Path) -> None:
     assert [len(piece) for piece in read_pieces(tmp_path / "0.conll", num_rows=1)] == [1, 1]
     assert ":2: 'Oslo' has no tag" in refused(tmp_path / "a.conll", "In O\nOslo\n")
     assert "no rows" in refused(tmp_path / "b.conll", "\n\n")
+
+
+@pytest.mark.parametrize(
+    ("comments", "word", "gap"),
+    [
+        ("# sent_id = 7\n# text = # Oslo\n", "{}\t_\t{}\n", ""),
+        ("# newpar\n# sent_id = 7\n", "{}\t{}\n", ""),
+        ("# sent_id = 7\n", "{} NN I-NP {}\n", ""),  # as many words as columns
+        ("# id 5239d808-f300\tdomain=en\n", "{} _ _ {}\n", ""),
+        ("#begin document (a/b); part 000\n", "{} {}\n", "\n#end document of a\n"),
+        ("-DOCSTART- -X- O O\n\n", "{} NN I-NP {}\n", ""),
+        ("-DOCSTART-\tO\n", "{}\t{}\n", ""),
+        ("#\n", "{} {}\n", ""),
+    ],
+)
+def test_comments_of_conll_files_are_no_words_and_words_no_comments(
+    tmp_path: Path, comments: str, word: str, gap: str
+) -> None:
+    first = "".join(word.format(*pair) for pair in (("#", "O"), ("Oslo", "B-place"), ("#", "O")))
+    second = "".join(word.format(*pair) for pair in (("#Oslo", "B-place"), ("#", "O")))
+    table = read_file(write(tmp_path / "a.conll", f"{comments}{first}{gap}\n{comments}{second}{gap}"))
+    assert table["tokens"].to_pylist() == [["#", "Oslo", "#"], ["#Oslo", "#"]]
+    assert table["tags"].to_pylist() == [["O", "B-place", "O"], ["B-place", "O"]]
+
+
+def test_a_conll_file_of_nothing_but_hash_words_is_read_and_one_without_a_tag_told(tmp_path: Path) -> None:
+    table = read_file(write(tmp_path / "a.conll", "# text = #Oslo\n#Oslo B-place\n# O\n"))
+    assert table["tokens"].to_pylist() == [["#Oslo", "#"]]
+    assert ":1: '#Oslo' has no tag" in refused(tmp_path / "b.conll", "#Oslo\nIn O\n")
