@@ -127,10 +127,9 @@ def _trim_metrics(path: Path, step: int, evaluated: bool) -> None:
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # the last line of a killed process
+        row = json_row(line)
+        if row is None:
+            continue
         is_due_again = row["step"] == step and not evaluated and any(key.startswith("eval/") for key in row)
         if row["step"] <= step and not is_due_again:
             kept.append(line + "\n")
@@ -169,6 +168,20 @@ def _with_null(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_with_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number(value: float | None) -> float:
+    """A metric as read from JSON, where `json_text` wrote null for NaN and infinities."""
+    return math.nan if value is None else value
+
+
+def json_row(line: str) -> dict[str, Any] | None:
+    """The object of a line of JSON; None for one that was cut off, as by a full disk or a killed process."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

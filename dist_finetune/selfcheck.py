@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 from dist_finetune.errors import TrainingError, UserError
 from dist_finetune.launchers.local import count_gpus
-from dist_finetune.run_folder import output_of
+from dist_finetune.run_folder import number, output_of
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec
 
@@ -175,7 +175,7 @@ def _steps(run: Path) -> list[dict[str, Any]]:
     """Rows of optimizer steps, without those that `train.max_skipped` left out."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "train/grad_norm" in row]
-    return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
+    return [{key: number(value) for key, value in row.items()} for row in rows]
 
 
 def _frozen_names(run: Path) -> set[str]:

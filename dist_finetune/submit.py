@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,15 @@ from dist_finetune.launchers.sweep import sweep_trials
 from dist_finetune.plan import Plan, for_planning, plan_run
 from dist_finetune.plan_text import plan_lines, plan_notes
 from dist_finetune.price import GpuPrice, cost_lines, read_prices
-from dist_finetune.run_folder import LOGS, check_run_folder, enter_run_folder, folder_of, start_run_folder, write_text
+from dist_finetune.run_folder import (
+    LOGS,
+    check_run_folder,
+    enter_run_folder,
+    folder_of,
+    json_row,
+    start_run_folder,
+    write_text,
+)
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec, resolved_yaml
 from dist_finetune.topology import Topology
@@ -229,11 +236,9 @@ def _refuse_second_job(folder: Path) -> None:
 
 
 def _last_job(file: Path) -> str | None:
-    """The last job that a file of submissions names. A full disk may have cut its last line."""
-    for line in reversed(file.read_text(encoding="utf-8").splitlines()):
-        with suppress(ValueError, KeyError, TypeError):
-            return str(json.loads(line)["job"])
-    return None
+    """The last job that a file of submissions names."""
+    rows = map(json_row, reversed(file.read_text(encoding="utf-8").splitlines()))
+    return next((str(row["job"]) for row in rows if row and "job" in row), None)
 
 
 def _submit_slurm(path: Path, folder: Path, first_task: int | None, say: Callable[[str], None]) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.models.card import Provenance
 from dist_finetune.peak_memory import peak_memory_gib
 from dist_finetune.report import Reporter
-from dist_finetune.run_folder import ATTEMPTS, environment, json_text, read_summary, write_json, write_text
+from dist_finetune.run_folder import ATTEMPTS, environment, json_text, number, read_summary, write_json, write_text
 from dist_finetune.stopping import Stopped
 from dist_finetune.verdict import tell_job_script, why_again
 from dist_finetune.world import World, gather_objects, wait_for_first
@@ -172,6 +171,6 @@ def load_summary(folder: Path) -> Summary:
     saved = read_summary(folder)
     values = {field.name: saved[field.name] for field in dataclasses.fields(Summary)}
     for metrics in ("metrics_before", "metrics"):
-        values[metrics] = {name: math.nan if value is None else value for name, value in saved[metrics].items()}
+        values[metrics] = {name: number(value) for name, value in saved[metrics].items()}
     values |= {"folder": folder, "frozen_verified": tuple(saved["frozen_verified"]), "phases": tuple(saved["phases"])}
     return Summary(**values)

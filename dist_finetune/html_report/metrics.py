@@ -1,13 +1,13 @@
 """metrics.jsonl as columns, in bounded time whatever its length."""
 
-import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dist_finetune.run_folder import json_row, number
 
 WHOLE_BYTES = 25_000_000  # a larger file is thinned: a page shows no more points anyway
 KEPT = '"eval/'  # rows that hold this are never left out
@@ -51,7 +51,7 @@ def read_metrics(path: Path) -> Metrics:
             if key not in ("step", "time") and isinstance(value, int | float | None):
                 steps, values = columns.setdefault(key, ([], []))
                 steps.append(step)
-                values.append(math.nan if value is None else float(value))
+                values.append(number(value))
     series = {key: _ordered(*column) for key, column in columns.items()}
     step_s = series.get("perf/step_s", (np.zeros(0), np.zeros(0)))[1]
     return Metrics(
@@ -69,16 +69,13 @@ def _rows(path: Path, stride: int) -> Iterator[dict[str, Any]]:
             last = line
             if number % stride == 0 or KEPT in line:
                 last = ""
-                yield from _parsed(line)
-    yield from _parsed(last)  # the end of the curve, where it was thinned out
+                yield from _of_a_step(line)
+    yield from _of_a_step(last)  # the end of the curve, where it was thinned out
 
 
-def _parsed(line: str) -> Iterator[dict[str, Any]]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return
-    if isinstance(row, dict) and isinstance(row.get("step"), int):
+def _of_a_step(line: str) -> Iterator[dict[str, Any]]:
+    row = json_row(line)
+    if row and isinstance(row.get("step"), int):
         yield row
 
 
@@ -86,4 +83,4 @@ def _ordered(steps: list[int], values: list[float]) -> tuple[np.ndarray, np.ndar
     """By step, each step once: the last value counts, as an evaluation may be done again after a resume."""
     found = dict(zip(steps, values, strict=True))
     order = sorted(found)
-    return np.array(order), np.array([found[step] for step in order])
+    return np.array(order), np.array([found[step] for step in order], dtype=float)

@@ -1,14 +1,13 @@
 """What the files of a run say, read without torch: also of a run that was stopped, failed, or goes on."""
 
 import json
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dist_finetune.errors import UserError
 from dist_finetune.html_report.metrics import Metrics, read_metrics
-from dist_finetune.run_folder import ATTEMPTS
+from dist_finetune.run_folder import ATTEMPTS, json_row
 from dist_finetune.run_folder import METRICS as METRICS_FILE
 from dist_finetune.tasks.names import METRICS, TaskName
 
@@ -136,15 +135,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> tuple[dict[str, Any], ...]:
-    """The JSON objects of a file; a line that was cut off, as by a full disk, is left out."""
+    """The objects of a file of JSON lines, see `json_row`."""
     if not path.exists():
         return ()
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error}") from None
-    rows = []
-    for line in lines:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return tuple(rows)
+    return tuple(row for row in map(json_row, lines) if row is not None)
