@@ -32,7 +32,7 @@ MAX_PLACES = 8  # rows a message names
 IGNORED_FILES = {"thumbs.db", "desktop.ini"}
 
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:\[(?P<split>[\w.+-]+)\])?")
-_SAVED = re.compile(r"(?P<folder>.+?)(?:\[(?P<split>[\w.+-]+)\])?")
+_SAVED = re.compile(r"(?P<folder>.+?)\[(?P<split>[\w.+-]+)\]")
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ def _read_one(item: str, role: str, columns: Sequence[str] | None) -> Source:
         return Source(table, ((item, len(table)),))
     if path.is_dir():
         return _read_folder(path, item, role, split=None)
-    saved = _SAVED.fullmatch(item)
-    if saved and saved["split"] and expand_home(saved["folder"]).is_dir():
-        return _read_folder(expand_home(saved["folder"]), item, role, saved["split"])
+    saved = saved_split(item)
+    if saved:
+        return _read_folder(saved[0], item, role, saved[1])
     hub = hub_parts(item)
     if hub is None:
         raise missing_path(path, key)
@@ -137,27 +137,40 @@ def _read_one(item: str, role: str, columns: Sequence[str] | None) -> Source:
 
 def hub_parts(item: str) -> dict[str, str | None] | None:
     """The id, config and split of an item that can only be a hub id; None for what is here, or was meant as a path."""
-    path, saved, hub = expand_home(item), _SAVED.fullmatch(item), _HUB_ID.fullmatch(item)
-    is_saved = saved is not None and expand_home(saved["folder"]).is_dir()
+    path, hub = expand_home(item), _HUB_ID.fullmatch(item)
     # A name with a data suffix, or below a folder that exists here, was meant as a path.
     is_path = (
         _suffix(item) in SUFFIXES
         or item.startswith((".", "/", "~"))
         or (path.parent != Path() and path.parent.is_dir())
     )
-    if hub is None or is_path or is_saved or path.exists() or item.startswith("builtin:"):
+    if hub is None or is_path or saved_split(item) or path.exists() or item.startswith("builtin:"):
         return None
     return hub.groupdict()
 
 
 def expand(item: str, key: str) -> list[str]:
     """The files of a glob such as `data/*.csv`, sorted; any other item as it is."""
-    if not re.search(r"[*?]", item):
-        return [item]
-    found = sorted(glob.glob(str(expand_home(item))))  # noqa: PTH207 - a pattern may be absolute
-    if not found:
+    found = globbed(item)
+    if found == []:
         raise UserError(f"{key}: no file matches {item} (looked from {Path.cwd()})")
-    return found
+    return [item] if found is None else found
+
+
+def globbed(item: str, root: str | Path = ".") -> list[str] | None:
+    """What matches a glob, sorted, seen from `root`; None for any other item."""
+    if not re.search(r"[*?]", item):
+        return None
+    return sorted(glob.glob(str(expand_home(item)), root_dir=root))  # noqa: PTH207 - a pattern may be absolute
+
+
+def saved_split(item: str, root: str | Path = ".") -> tuple[Path, str] | None:
+    """The folder and split that `FOLDER[SPLIT]` names, where there is such a folder seen from `root`."""
+    saved = _SAVED.fullmatch(item)
+    if saved is None:
+        return None
+    folder = expand_home(saved["folder"])
+    return (folder, saved["split"]) if (root / folder).is_dir() else None
 
 
 def _suffix(item: str) -> str:

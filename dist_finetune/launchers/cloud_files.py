@@ -1,9 +1,8 @@
 """What a machine that is rented will not find: files of this machine that nothing takes there."""
 
-import glob
-import re
 from pathlib import Path
 
+from dist_finetune.data.sources import globbed, saved_split
 from dist_finetune.errors import UserError
 from dist_finetune.home import expand_home
 from dist_finetune.launchers.cloud_job import RUNS
@@ -46,12 +45,15 @@ def _local(spec: Spec, working_folder: Path) -> list[str]:
 
 
 def _paths(name: str, working_folder: Path) -> list[Path]:
-    """Where on this machine a name points to, read as `data.sources` reads it: `~`, the files of a glob, a saved folder
-    with one of its splits. None for what is not here, such as a hub id."""
-    if re.search(r"[*?]", name):
-        return [Path(found) for found in glob.glob(str(expand_home(name)), root_dir=working_folder)]  # noqa: PTH207
-    whole, without_split = expand_home(name), expand_home(re.sub(r"\[[\w.+-]+\]$", "", name))
-    return [path for path in (whole, without_split) if (working_folder / path).exists()][:1]
+    """Where on this machine a name points to: the files of a glob, a file or folder, a saved folder with one of its
+    splits. None for what is not here, such as a hub id."""
+    found = globbed(name, working_folder)
+    if found is not None:
+        return [Path(path) for path in found]
+    path, saved = expand_home(name), saved_split(name, working_folder)
+    if (working_folder / path).exists():
+        return [path]
+    return [saved[0]] if saved else []
 
 
 def _is_there(name: str, volume: str | None, uploads: bool, working_folder: Path) -> bool:
