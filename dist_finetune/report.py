@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,7 +49,7 @@ class Reporter:
         if not self._is_first:
             return
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        handler = LogFile(folder / "log.txt", self.say)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger = logging.getLogger("dist_finetune")
         logger.addHandler(handler)
@@ -132,10 +132,7 @@ class Reporter:
         except OSError as error:
             if not self._lost_metrics:
                 self._lost_metrics = True
-                self.say(
-                    f"WARNING {self._metrics.name} can't be written: {error.strerror or error}. Training goes on; "
-                    "metrics are missing there until it can be written again"
-                )
+                self.say(lost(self._metrics.name, error, "metrics"))
 
     def _show_progress(self, step: int, text: str) -> None:
         if self._progress:
@@ -168,6 +165,30 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.finish({}, 0 if error is None else 1)
+
+
+class LogFile(logging.FileHandler):
+    """log.txt, whose disk may be full: told once by `say`, where logging itself would print a traceback a line."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        super().__init__(path, encoding="utf-8")
+        self._say, self._is_told = say, False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._is_told:
+            self._is_told = True
+            self._say(lost(self.baseFilename, error, "lines"))
+
+
+def lost(path: str, error: OSError, what: str) -> str:
+    """The words for a file of the run that can't be written, which costs `what` and no training."""
+    return (
+        f"WARNING {path} can't be written: {error.strerror or error}. Training goes on; {what} are missing there until "
+        "it can be written again"
+    )
 
 
 def require_trackers(track: TrackSpec) -> None:

@@ -469,3 +469,16 @@ def test_a_full_disk_costs_metrics_and_no_training(tmp_path: Path, capsys: pytes
     told = f"WARNING {tmp_path / 'metrics.jsonl'} can't be written: No space left on device. Training goes on"
     assert capsys.readouterr().out.count("WARNING") == 1
     assert (tmp_path / "log.txt").read_text(encoding="utf-8").count(told) == 1
+
+
+def test_a_full_disk_costs_lines_of_the_log_and_one_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with Reporter(is_first=True) as report:
+        report.say("before there was a folder")
+        report.open_files(tmp_path)
+        report.notes(["the disk is full", "it still is"])
+    out, err = capsys.readouterr()
+    assert err == "", "logging printed a traceback of its own"
+    assert out.count(f"WARNING {tmp_path / 'log.txt'} can't be written: No space left on device. Training goes on") == 1
+    assert out.count("WARNING") == 1
+    assert "note: it still is" in out
