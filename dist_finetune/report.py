@@ -18,6 +18,7 @@ from dist_finetune.run_folder import json_text
 from dist_finetune.spec import Spec, TrackSpec
 from dist_finetune.tracking import WandbRun, require_login, start_wandb
 
+TENSORBOARD = "tensorboard"  # its folder in a run's
 PLAIN_LINE_EVERY_S = 5.0  # between two progress lines where the output is no terminal
 
 
@@ -58,8 +59,8 @@ class Reporter:
             logger.info(message)
         self._early = []
 
-    def open_trackers(self, spec: Spec, folder: Path, config: dict[str, Any]) -> None:
-        """Starts the trackers that `track` asks for."""
+    def open_trackers(self, spec: Spec, folder: Path, config: dict[str, Any], step: int) -> None:
+        """Starts the trackers that `track` asks for, of a run that goes on after optimizer step `step`."""
         if not self._is_first:
             return
         run = start_wandb(spec.track, folder, spec.name, config)
@@ -68,7 +69,7 @@ class Reporter:
             self._sinks.append(run)
             self.say(f"W&B: {run.mode}, {run.url or folder / 'wandb'}")
         if spec.track.tensorboard:
-            self._sinks.append(TensorBoard(folder))
+            self._sinks.append(TensorBoard(folder / TENSORBOARD, step))
 
     @property
     def has_files(self) -> bool:
@@ -199,16 +200,31 @@ def require_trackers(track: TrackSpec) -> None:
 
 
 class TensorBoard:
-    """TensorBoard event files in <run>/tensorboard."""
+    """TensorBoard's event files, one a start. Every failure after that is a warning, never an error."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        # TensorBoard leaves out what an earlier start has written of later steps
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self._is_lost = False
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+        def add() -> None:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+
+        if not self._is_lost:
+            self._try(add)
 
     def finish(self, summary: dict[str, Any], exit_code: int) -> None:
-        self._writer.close()
+        self._try(self._writer.close)
+
+    def _try(self, work: Callable[[], None]) -> None:
+        """The writer's thread ends at its first error, as of a full disk, and each later call raises that again."""
+        try:
+            work()
+        except Exception as error:
+            if not self._is_lost:
+                logging.getLogger(__name__).warning("TensorBoard: %s; its curves end here, training goes on", error)
+            self._is_lost = True

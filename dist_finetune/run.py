@@ -67,7 +67,7 @@ def _train(
     on_first(world, lambda: start_run_folder(spec, fresh, progress.step, progress.evaluated, hold))
     report.open_files(job.folder)
     on_first(world, lambda: write_start(job, provenance, stage, progress))
-    on_first(world, lambda: report.open_trackers(spec, job.folder, plan.to_json()))
+    on_first(world, lambda: report.open_trackers(spec, job.folder, plan.to_json(), progress.step))
     report.start_progress(plan.total_steps)
     saver = Saver(job, provenance, progress, hold)
     stop = StopWish(world, signals, job.folder, spec.launch.time_limit, started_s, saver.every_s)

@@ -270,7 +270,7 @@ class TrackSpec(Section):
     project: str = "dist-finetune"
     entity: str | None = None
     tensorboard: bool = False
-    """Also write TensorBoard event files (needs the tensorboard package)."""
+    """Also write TensorBoard event files into <run>/tensorboard (needs the tensorboard package)."""
 
 
 class LaunchSpec(Section):

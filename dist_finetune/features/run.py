@@ -71,7 +71,7 @@ def _run(spec: Spec, fresh: bool, world: World, report: Reporter, hold: Hold, st
     on_first(world, lambda: start_run_folder(spec, fresh, 0, True, hold))
     on_first(world, lambda: write_start_files(job))
     report.open_files(folder)
-    on_first(world, lambda: report.open_trackers(spec, folder, spec.model_dump(mode="json", by_alias=True)))
+    on_first(world, lambda: report.open_trackers(spec, folder, spec.model_dump(mode="json", by_alias=True), 0))
     cost = _extract(job, started_s)
     report.say(f"{cost.num_rows:,} rows extracted, {cost.samples_per_s:.1f} a second, in {job.store.folder}")
     found = fit_heads(job, kinds)
