@@ -1,4 +1,4 @@
-"""Evaluation over all ranks: every sample exactly once, metrics from the gathered logits."""
+"""Evaluation over all ranks: every sample exactly once, metrics from the logits that the first rank gathers."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,13 +12,14 @@ from dist_finetune.data.loading import Rows
 from dist_finetune.engine import Predictor
 from dist_finetune.errors import TrainingError
 from dist_finetune.tasks.task import counted, task_of
-from dist_finetune.world import World, gather_objects
+from dist_finetune.world import World, gather_to_first, on_first
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Logits (M, C), labels (M,) or (M, C), and row numbers (M,) of all rows of a split, or of all labelled words, in
-    dataset order; and the metrics that follow from them."""
+    """Metrics, the same on every rank, and what they follow from: logits (M, C), labels (M,) or (M, C), and row numbers
+    (M,) of all rows of a split, or of all labelled words, in dataset order. Those are on the first rank alone (M is 0
+    elsewhere), as no other needs them in its memory."""
 
     logits: torch.Tensor
     labels: torch.Tensor
@@ -40,21 +41,28 @@ class Share:
         return Share(self.rows[order], self.logits[order], self.labels[order])
 
 
+NOTHING = Share(torch.empty(0, dtype=torch.int64), torch.empty(0, 0), torch.empty(0))
+
+
 def evaluate(
     model: Predictor, rows: Rows, batch_size: int, world: World, between: Callable[[], object] = lambda: None
 ) -> Evaluation:
-    """Runs the model over `rows`, each row on one rank, and returns the same result on every rank. Collective.
+    """Runs the model over `rows`, each row on one rank. Collective.
 
     Calls `between` before each batch, as often on every rank; it may raise to end the evaluation.
     """
-    parts = [part for part in gather_objects(predict_share(model, rows, batch_size, world, between)) if part]
+    parts = [part for part in gather_to_first(predict_share(model, rows, batch_size, world, between)) if part]
+    parts = parts or [NOTHING]
     whole = Share(*(torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "logits", "labels")))
     whole = whole.in_order()
+    return Evaluation(whole.logits, whole.labels, whole.rows, on_first(world, lambda: _metrics(whole, rows)))
+
+
+def _metrics(whole: Share, rows: Rows) -> dict[str, float]:
     expected = _targets_of(rows, np.arange(rows.num_rows))
     if not torch.equal(whole.rows, expected):
         raise TrainingError(f"evaluation saw {len(whole.rows)} rows or words instead of each of {len(expected)} once")
-    metrics = task_of(rows.task).metrics(whole.logits, whole.labels, whole.rows, rows.classes)
-    return Evaluation(whole.logits, whole.labels, whole.rows, metrics)
+    return task_of(rows.task).metrics(whole.logits, whole.labels, whole.rows, rows.classes)
 
 
 def predict_share(

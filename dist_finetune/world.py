@@ -240,6 +240,13 @@ def gather_objects(value: T) -> list[T]:
     return out
 
 
+def gather_to_first(value: T) -> list[T]:
+    """`value` of every rank, in rank order, on the first one; an empty list elsewhere."""
+    out: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, out, dst=0, group=_files if waits_for_files() else None)
+    return out or []
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Element-wise sum of `values` over all ranks, in place."""
     dist.all_reduce(values)

@@ -22,7 +22,7 @@ Split = Literal["validation", "test"]
 
 @dataclass(frozen=True)
 class RunEvaluation:
-    """Metrics of a run's model on some rows, and the logits and labels that they follow from."""
+    """Metrics of a run's model on some rows, and on the first rank the logits and labels that they follow from."""
 
     folder: Path
     step: int | None
@@ -85,6 +85,11 @@ def evaluate_run(folder: Path, data: str | None = None, split: Split | None = No
         table = together(lambda: _table(run, data, name))
         rows = together(lambda: run.encode(table))
         evaluation = evaluate(run, rows, run.eval_batch_size, world)
+        # the first rank has the logits
+        calibration, classes = on_first(
+            world,
+            lambda: (calibration_error(evaluation, rows.task), class_scores(evaluation, rows.task, rows.classes)),
+        )
         found = RunEvaluation(
             folder=folder,
             step=read_summary(folder).get("kept_step"),
@@ -97,8 +102,8 @@ def evaluate_run(folder: Path, data: str | None = None, split: Split | None = No
             world_size=world.world_size,
             is_first=world.is_first,
             evaluation=evaluation,
-            calibration_error=calibration_error(evaluation, rows.task),
-            classes=class_scores(evaluation, rows.task, rows.classes),
+            calibration_error=calibration,
+            classes=classes,
         )
         return dataclasses.replace(found, not_recorded=on_first(world, lambda: _record(found)))
 
