@@ -6,7 +6,8 @@ from functools import partial
 from dist_finetune.cache.tokens import encode_once
 from dist_finetune.checkpoint.resume import find_start
 from dist_finetune.checkpoint.saver import Saver
-from dist_finetune.data.tables import Tables, read_tables
+from dist_finetune.data.tables import Tables
+from dist_finetune.data.together import read_tables_together
 from dist_finetune.finish import finish_run
 from dist_finetune.hold import Hold
 from dist_finetune.job import Job
@@ -91,7 +92,7 @@ def _prepare(spec: Spec, world: World, report: Reporter, signals: StopSignals) -
     require_same_versions()
     on_first(world, lambda: require_trackers(spec.track))
     report.say(f"reading {', '.join(spec.data.train)}")
-    tables = together(lambda: read_tables(spec.data, spec.train.seed, world.is_first, spec.label_task))
+    tables = read_tables_together(spec.data, spec.train.seed, spec.label_task, world)
     topology = job_topology(world)
     plan = together(lambda: plan_run(spec, topology, tables))
     if spec.train.micro_batch_size == "auto" and world.device.type == "cuda":

@@ -25,7 +25,7 @@ from dist_finetune.run_folder import output_of, write_json, write_text
 from dist_finetune.spec import CacheSpec, Spec
 from dist_finetune.spec_features import FeaturesSpec
 from dist_finetune.topology import job_topology
-from dist_finetune.world import World, join_world, on_first, together
+from dist_finetune.world import World, join_world, on_first
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def advice_folder(spec: Spec) -> Path:
 def _advise(spec: Spec, world: World, report: Reporter) -> Advice:
     started_s = time.perf_counter()
     report.say(f"reading {', '.join(spec.data.train)}")
-    tables = together(lambda: class_tables(spec, "advice", world.is_first))
+    tables = class_tables(spec, "advice", world)
     labels = column_values(tables.train, "label")
     sampled = sample_tables(tables, spec.train.seed)
     job = _prepare(spec, sampled, world, report)

@@ -8,11 +8,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image, UnidentifiedImageError
 
 from dist_finetune.data.arrow import column_values
 from dist_finetune.data.sources import MAX_PLACES, Source
+
+ImageCheck = tuple[bytes, str | None]
+"""A digest of an image file's bytes, and what is wrong with it, None for nothing."""
 
 
 def read_texts(source: Source, columns: Sequence[str]) -> tuple[list[list[str]], list[str]]:
@@ -44,27 +48,37 @@ def read_words(source: Source, column: str) -> tuple[list[list[str]], list[str]]
     return cells, problems
 
 
-def check_images(source: Source, column: str, decode: bool) -> tuple[list[bytes], list[str]]:
-    """A digest of each image file's bytes, and lines that name the missing, truncated and non-image ones.
+def check_images(source: Source, column: str, decode: bool, first: int = 0, step: int = 1) -> list[ImageCheck]:
+    """Every `step`th image from the `first` on: a digest of its file's bytes, and what is wrong with it where it is
+    missing, truncated or no image.
 
     With `decode` every image is really decoded: JPEG at an eighth of its size, which still reads all of its data but
     costs far less. Without, files are read only.
     """
-    images = source.table.select_columns(column).cast_column(column, ImageFeature(decode=False)).with_format(None)
+    images = _undecoded(source, column)
 
-    def check(row: int) -> tuple[bytes, str | None]:
+    def check(row: int) -> ImageCheck:
         return _check_image(images[row][column], decode)
 
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as threads:
-        results = list(threads.map(check, range(len(images))))
-    broken = [(row, reason) for row, (_, reason) in enumerate(results) if reason is not None]
+        return list(threads.map(check, range(first, len(images), step)))
+
+
+def image_problems(checks: Sequence[ImageCheck], source: Source, column: str) -> list[str]:
+    """Lines that name what is wrong with images, for checks of all of them."""
+    images = _undecoded(source, column)
+    broken = [(row, reason) for row, (_, reason) in enumerate(checks) if reason is not None]
     problems = [f"{_image_name(images[row][column], source, row)}: {reason}" for row, reason in broken[:MAX_PLACES]]
     if len(broken) > MAX_PLACES:
         problems.append(f"and {len(broken) - MAX_PLACES} more damaged images of {source.names}")
-    return [digest for digest, _ in results], problems
+    return problems
 
 
-def _check_image(image: Mapping[str, Any] | None, decode: bool) -> tuple[bytes, str | None]:
+def _undecoded(source: Source, column: str) -> Dataset:
+    return source.table.select_columns(column).cast_column(column, ImageFeature(decode=False)).with_format(None)
+
+
+def _check_image(image: Mapping[str, Any] | None, decode: bool) -> ImageCheck:
     if image is None or (image["bytes"] is None and not image["path"]):
         return b"", "no image in this row"
     try:

@@ -10,7 +10,7 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 
 from dist_finetune.data.arrow import arrow_column, in_memory, select
-from dist_finetune.data.checks import check_images, read_texts, read_words
+from dist_finetune.data.checks import ImageCheck, check_images, image_problems, read_texts, read_words
 from dist_finetune.data.columns import Columns, find_columns
 from dist_finetune.data.files import DELIMITERS
 from dist_finetune.data.label_kind import is_list, is_string
@@ -87,23 +87,58 @@ class _Rows:
         )
 
 
+@dataclass(frozen=True)
+class OpenTables:
+    """The splits of a spec as they were read: columns, labels and classes are found, rows are not checked yet."""
+
+    sources: dict[str, Source]
+    columns: Columns
+    labels: dict[str, Labels]
+    classes: tuple[str, ...]
+
+    def check_images(self, decode: bool, first: int = 0, step: int = 1) -> dict[str, list[ImageCheck]] | None:
+        """Those of every `step`th image of each split; None for data without images."""
+        column = self.columns.image
+        if column is None:
+            return None
+        return {role: check_images(source, column, decode, first, step) for role, source in self.sources.items()}
+
+
 def read_tables(spec: DataSpec, seed: int, decode_images: bool = True, task: TaskName | None = None) -> Tables:
     """The splits that `spec` names: read, columns and (where not given) task found, checked, held out and sampled by
     `seed`.
 
-    `decode_images=False` leaves out the proof that every image file decodes (one rank is enough to give it); all
-    else is the same on every rank. Raises UserError that lists all problems of the rows of all splits.
+    `decode_images=False` leaves out the proof that every image file decodes. Raises UserError that lists all problems
+    of the rows of all splits. The ranks of a job share the work, see `together.py`.
     """
+    opened = open_tables(spec, task)
+    return checked_tables(opened, opened.check_images(decode_images), spec, seed, task)
+
+
+def open_tables(spec: DataSpec, task: TaskName | None) -> OpenTables:
+    """The sources that `spec` names, with columns, labels and classes found."""
     sources = _read_sources(spec)
     columns = find_columns(sources["train"].table, spec, sources["train"].names, task)
     _refuse_without_effect(spec, columns)
     _require_columns(sources, columns)
     labels = {role: read_labels(source, columns) for role, source in sources.items()}
     classes = class_names(labels["train"], sources["train"], columns)
+    return OpenTables({role: _with_images(s, columns) for role, s in sources.items()}, columns, labels, classes)
+
+
+def checked_tables(
+    opened: OpenTables,
+    images: dict[str, list[ImageCheck]] | None,
+    spec: DataSpec,
+    seed: int,
+    task: TaskName | None,
+) -> Tables:
+    """The splits, of which `images` are the checks of all images."""
+    columns, classes = opened.columns, opened.classes
     splits: dict[str, _Rows] = {}
     problems: list[str] = []
-    for role, source in sources.items():
-        rows, found = _check_rows(source, labels[role], columns, classes, decode_images)
+    for role, source in opened.sources.items():
+        rows, found = _check_rows(source, opened.labels[role], columns, classes, images[role] if images else ())
         problems += [f"data.{role}: {line}" for line in found]
         splits[role] = rows
     if problems:
@@ -135,7 +170,8 @@ def read_table(
     """
     source = read_source(items, role, header)
     _require_columns({role: source}, columns)
-    rows, problems = _check_rows(source, read_labels(source, columns), columns, classes, decode_images=True)
+    labels, source = read_labels(source, columns), _with_images(source, columns)
+    rows, problems = _check_rows(source, labels, columns, classes, _all_images(source, columns))
     if problems:
         raise UserError("\n".join(f"{key_of(role)}: {line}" for line in problems))
     return rows.table
@@ -144,7 +180,8 @@ def read_table(
 def unlabelled_table(source: Source, role: str, columns: Columns) -> Dataset:
     """The inputs of `source` in the shape of `Tables`, whether it has labels or not: see `with_stand_ins`."""
     _require_columns({role: source}, columns, labelled=False)
-    rows, problems = _read_inputs(source, columns, decode_images=True)
+    source = _with_images(source, columns)
+    rows, problems = _read_inputs(source, columns, _all_images(source, columns))
     if problems:
         raise UserError("\n".join(f"{key_of(role)}: {line}" for line in problems))
     return _labelled(rows.table, with_stand_ins(columns, source.table))
@@ -198,11 +235,11 @@ def _require_columns(sources: dict[str, Source], columns: Columns, labelled: boo
 
 
 def _check_rows(
-    source: Source, labels: Labels, columns: Columns, classes: tuple[str, ...], decode_images: bool
+    source: Source, labels: Labels, columns: Columns, classes: tuple[str, ...], images: Sequence[ImageCheck]
 ) -> tuple[_Rows, list[str]]:
     """The split in its common shape, and what is wrong with its rows; with problems, rows are not complete."""
     problems = label_problems(labels, source, columns, classes)
-    rows, found = _read_inputs(source, columns, decode_images)
+    rows, found = _read_inputs(source, columns, images)
     if problems or found:
         return rows, problems + found
     return (
@@ -216,12 +253,21 @@ def _check_rows(
     )
 
 
-def _read_inputs(source: Source, columns: Columns, decode_images: bool) -> tuple[_Rows, list[str]]:
+def _with_images(source: Source, columns: Columns) -> Source:
+    """The source with its column of image paths, where it has one, as images."""
+    if columns.image is None or isinstance(source.table.features[columns.image], ImageFeature):
+        return source
+    return replace(source, table=paths_as_images(source, columns.image))
+
+
+def _all_images(source: Source, columns: Columns) -> Sequence[ImageCheck]:
+    return check_images(source, columns.image, decode=True) if columns.image is not None else ()
+
+
+def _read_inputs(source: Source, columns: Columns, images: Sequence[ImageCheck]) -> tuple[_Rows, list[str]]:
     """The inputs of a split without labels, and what is wrong with them."""
     if columns.image is not None:
-        if not isinstance(source.table.features[columns.image], ImageFeature):
-            source = replace(source, table=paths_as_images(source, columns.image))
-        digests, problems = check_images(source, columns.image, decode_images)
+        digests, problems = [digest for digest, _ in images], image_problems(images, source, columns.image)
         cells = arrow_column(source.table, columns.image)
         table = in_memory(pa.table({"image": cells}), Features({"image": ImageFeature()}))
         return _Rows(table, digests, digests), problems

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from dist_finetune.cache.tokens import encode_once
 from dist_finetune.data.arrow import column_values
 from dist_finetune.data.loading import Rows
-from dist_finetune.data.tables import Tables, read_tables
+from dist_finetune.data.tables import Tables
 from dist_finetune.data.text import TextRows
+from dist_finetune.data.together import read_tables_together
 from dist_finetune.features.bare import without_training
 from dist_finetune.features.depths import Capture, Depth, find_depths
 from dist_finetune.features.extract import extract_split
@@ -65,12 +66,16 @@ class ExtractionCost:
         return self.num_rows / self.seconds if self.seconds else 0.0
 
 
-def class_tables(spec: Spec, what: str, decode_images: bool) -> Tables:
+def class_tables(spec: Spec, what: str, world: World) -> Tables:
     """The splits of a spec, as `read_tables` gives them. Raises UserError where `what`, which compares classes, is
-    asked of data without any, or with too few rows of them."""
-    tables = read_tables(spec.data, spec.train.seed, decode_images, spec.label_task)
-    require_classification(tables.task, what, tables.columns.label)
-    require_rows(column_values(tables.train, "label"))
+    asked of data without any, or with too few rows of them. Collective."""
+    tables = read_tables_together(spec.data, spec.train.seed, spec.label_task, world)
+
+    def require_classes() -> None:
+        require_classification(tables.task, what, tables.columns.label)
+        require_rows(column_values(tables.train, "label"))
+
+    together(require_classes)
     return tables
 
 

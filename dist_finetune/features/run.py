@@ -63,7 +63,7 @@ def _run(spec: Spec, fresh: bool, world: World, report: Reporter, hold: Hold, st
     folder = folder_of(spec)
     on_first(world, lambda: require_trackers(spec.track))
     report.say(f"reading {', '.join(spec.data.train)}")
-    tables = together(lambda: class_tables(spec, "task: features", world.is_first))
+    tables = class_tables(spec, "task: features", world)
     report.notes(tables.notes)
     kinds, notes = heads_for(spec.features.heads, len(tables.train))
     report.notes(notes)

@@ -5,7 +5,6 @@ import io
 import os
 import shutil
 from collections import Counter
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,12 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dist_finetune import run
-from dist_finetune.advise import run as advise_run
 from dist_finetune.data.builtin import read_builtin
 from dist_finetune.data.columns import Columns
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.errors import UserError
-from dist_finetune.features import run as features_run
-from dist_finetune.hold import Hold
-from dist_finetune.report import Reporter
-from dist_finetune.signals import StopSignals
 from dist_finetune.spec import DataSpec
-from dist_finetune.spec_file import load_spec
 from dist_finetune.tasks.names import TaskName
-from dist_finetune.world import join_world
 
 needs_corpus = pytest.mark.skipif(
     find_spec("chatterbot_corpus") is None, reason="chatterbot-corpus (demo extra) is absent"
@@ -399,23 +390,6 @@ def test_damaged_images_are_named(tmp_path: Path) -> None:
     assert f"{folder}/bees/2.jpg: an empty file" in message
     assert len(message.splitlines()) == 3
     assert len(read_tables(DataSpec(train=str(folder)), 0, decode_images=False).classes) == 2
-
-
-def test_one_rank_decodes_the_images_of_a_job(tmp_path: Path) -> None:
-    """The others compare their bytes' digests with its."""
-    folder = write_images(tmp_path / "images")
-    (folder / "ants" / "1.jpg").write_bytes((folder / "ants" / "1.jpg").read_bytes()[:300])
-    spec = load_spec({"name": "r", "model": {"name": "timm:no_such_model"}, "data": {"train": str(folder)}})
-    with join_world(spec.launch) as world:
-        for prepare in (
-            lambda rank: run._prepare(spec, rank, Reporter(False), StopSignals()),
-            lambda rank: features_run._run(spec, False, rank, Reporter(False), Hold(tmp_path), 0.0),
-            lambda rank: advise_run._advise(spec, rank, Reporter(False)),
-        ):
-            with pytest.raises(UserError, match=r"1\.jpg: a damaged image file"):
-                prepare(world)
-            with pytest.raises(UserError, match="no_such_model"):
-                prepare(replace(world, rank=1))
 
 
 def test_damaged_images_inside_a_table_are_named_by_row(tmp_path: Path) -> None:
