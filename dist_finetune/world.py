@@ -70,10 +70,10 @@ class World:
 def join_world(launch: LaunchSpec) -> Iterator[World]:
     """Joins (or, alone, makes) the process group; gloo for CPU tensors, NCCL for CUDA tensors.
 
-    At the end a group that was made here is gone, so that the interpreter exits without a warning or a hang, and the
-    environment is as before: what a notebook starts next must not take itself for a rank of this job. Within another
-    `join_world` it is that one's world. Raises UserError where the launcher's variables and the ranks that really
-    arrived disagree, two ranks share a GPU, or a caller's own group takes no tensors of the CPU.
+    At the end a group that was made here is gone (see `closes_group`), so that the interpreter exits without a warning
+    or a hang, and the environment is as before: what a notebook starts next must not take itself for a rank of this
+    job. Within another `join_world` it is that one's world. Raises UserError where the launcher's variables and the
+    ranks that really arrived disagree, two ranks share a GPU, or a caller's own group takes no tensors of the CPU.
     """
     global _joined
     if _joined:
@@ -88,7 +88,7 @@ def join_world(launch: LaunchSpec) -> Iterator[World]:
         variables = {**variables, **{name: os.environ.get(name, value) for name, value in address.items()}}
     if not torch.cuda.is_available():
         variables = {**variables, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
-    made_group = not dist.is_initialized()
+    made_group, failed = not dist.is_initialized(), True
     with _environment(variables):
         if made_group:
             store = meet(found, launch.join_timeout) if found.world_size > 1 else dist.HashStore()
@@ -107,11 +107,19 @@ def join_world(launch: LaunchSpec) -> Iterator[World]:
             _joined = world
             with _files_group(launch.file_timeout) if world.world_size > 1 else nullcontext():
                 yield world
+            failed = False
         finally:
             _joined = None
             # a caller's own process group is left as it is
-            if made_group and dist.is_initialized():
+            if made_group and dist.is_initialized() and closes_group(device, found.world_size, failed):
                 dist.destroy_process_group()
+
+
+def closes_group(device: torch.device, world_size: int, failed: bool) -> bool:
+    """Whether a rank that ends closes its process group. NCCL waits for what is under way, and so for all other ranks
+    (pytorch#141510): one that fails alone would never get to say why, nor end, and so hold the job. The end of its
+    process aborts what it leaves."""
+    return not (failed and world_size > 1 and device.type == "cuda")
 
 
 @contextmanager

@@ -37,18 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SystemExit as end:
         leave_at_once(end.code)
         raise
+    except Exception:  # one without words of ours: Python shows it, and would then take itself apart
+        leave_at_once(1, traceback.format_exc())
+        raise
 
 
-def leave_at_once(code: object) -> None:
-    """Ends a rank of several whose work is done. Threads of torch, DeepSpeed and gloo now and then abort ("terminate
-    called without an active exception") or hang while the interpreter takes itself apart, and hold the job. So does a
-    W&B client that could not finish, also where there is one rank."""
+def leave_at_once(code: object, last_words: str = "") -> None:
+    """Ends a rank of several whose work is done, after its `last_words`. Threads of torch, DeepSpeed and gloo now and
+    then abort ("terminate called without an active exception") or hang while the interpreter takes itself apart, and
+    hold the job. So does a W&B client that could not finish, also where there is one rank."""
     try:
         is_one_of_several = world_from_environment(os.environ).world_size > 1
     except UserError:
         return  # which has been said
     is_stuck = getattr(sys.modules.get("dist_finetune.tracking"), "is_stuck", False)
     if (is_one_of_several or is_stuck) and "torch" in sys.modules and isinstance(code, int | None):
+        sys.stderr.write(last_words)
         sys.stdout.flush()
         sys.stderr.flush()
         logging.shutdown()

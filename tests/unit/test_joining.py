@@ -111,6 +111,37 @@ def test_two_ranks_on_one_gpu_are_refused(
 
 
 JOIN = """
+@pytest.mark.parametrize(
+    ("device", "world_size", "failed", "closes"),
+    [
+        ("cuda", 2, True, False),  # NCCL would wait for the others, which wait in a collective
+        ("cuda", 2, False, True),
+        ("cuda", 1, True, True),
+        ("cpu", 2, True, True),
+    ],
+)
+def test_a_rank_that_fails_on_a_gpu_does_not_wait_for_the_others(
+    device: str, world_size: int, failed: bool, closes: bool
+) -> None:
+    assert world.closes_group(torch.device(device), world_size, failed) is closes
+
+
+@without_gpu
+def test_a_group_that_is_not_to_be_closed_is_left_to_the_end_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(world, "closes_group", lambda *asked: told.append(asked))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for fault in (None, ValueError("a fault")):
+        try:
+            with pytest.raises(ValueError, match="a fault") if fault else nullcontext(), world.join_world(LaunchSpec()):
+                if fault:
+                    raise fault
+            assert torch.distributed.is_initialized()
+        finally:
+            torch.distributed.destroy_process_group()
+    assert told == [(torch.device("cpu"), 1, False), (torch.device("cpu"), 1, True)]
+
+
 import sys
 from dist_finetune.errors import UserError
 from dist_finetune.spec import LaunchSpec
