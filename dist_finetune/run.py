@@ -13,6 +13,7 @@ from dist_finetune.hold import Hold
 from dist_finetune.job import Job
 from dist_finetune.launchers.brought import refuse_launcher_settings
 from dist_finetune.models.sources import load_tokenizer
+from dist_finetune.no_memory import lack_of_memory_told, needs_less
 from dist_finetune.plan import Plan, plan_run, with_micro_batch
 from dist_finetune.plan_text import plan_lines, plan_notes
 from dist_finetune.proof import verify_frozen
@@ -45,7 +46,8 @@ def train(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary
                 if found == "finished":
                     report.say(f"{folder_of(spec)} is finished; `run` with --fresh trains it again")
                     return load_summary(folder_of(spec))
-                return _train(spec, fresh, world, report, signals, hold, started_s)
+                with lack_of_memory_told(world, needs_less(folder_of(spec))):
+                    return _train(spec, fresh, world, report, signals, hold, started_s)
             except Exception as error:
                 end_early(folder_of(spec), found, error, world, report, hold)
                 raise

@@ -18,19 +18,13 @@ from dist_finetune.memory.activations import drop_gradient, fake_inputs
 from dist_finetune.memory.demand import demanding
 from dist_finetune.models.on_meta import on_meta
 from dist_finetune.models.sources import build_model, forward_logits
+from dist_finetune.no_memory import is_lack_of_memory
 from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
 from dist_finetune.tasks.task import task_of
 from dist_finetune.world import World, gather_objects
 
 NO_MEMORY = "out of memory"
-OUT_OF_MEMORY = (
-    NO_MEMORY,
-    "can't allocate memory",
-    "could not create a memory object",
-    "status_alloc_failed",  # of cuBLAS or cuDNN
-    "unable to find an engine",  # cuDNN, where no convolution's workspace fits
-)
 
 
 def tried_micro_batch(plan: Plan, world: World) -> tuple[int, str | None]:
@@ -81,8 +75,7 @@ def _problem(plan: Plan, rows: int, device: torch.device) -> str | None:
             _pass(plan, phase, rows, device)
     except Exception as error:  # a user's own model may raise anything, where a run itself does not go
         words = f"{type(error).__name__}: {error}".splitlines()[0]
-        is_known = any(known in str(error).lower() for known in OUT_OF_MEMORY)
-        return NO_MEMORY if isinstance(error, MemoryError) or is_known else words
+        return NO_MEMORY if is_lack_of_memory(error) else words
     finally:
         collect()
         if device.type == "cuda":

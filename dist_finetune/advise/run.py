@@ -20,6 +20,7 @@ from dist_finetune.features.job import FeatureJob, class_tables, extract_all, pr
 from dist_finetune.models.on_meta import on_meta
 from dist_finetune.models.order import structure_for
 from dist_finetune.models.sources import build_model, describe_model
+from dist_finetune.no_memory import FEWER_ROWS, lack_of_memory_told
 from dist_finetune.report import Reporter
 from dist_finetune.run_folder import output_of, write_json, write_text
 from dist_finetune.spec import CacheSpec, Spec
@@ -91,13 +92,14 @@ def _advise(spec: Spec, world: World, report: Reporter) -> Advice:
     tables = class_tables(spec, "advice", world)
     labels = column_values(tables.train, "label")
     sampled = sample_tables(tables, spec.train.seed)
-    job = _prepare(spec, sampled, world, report)
-    report.say(
-        f"probing {len(job.depths)} depths of {spec.model.name} with {len(sampled.train):,} of {len(labels):,} rows"
-    )
-    # Features of earlier advice would take no time to extract, and the time of a row is part of the evidence.
-    on_first(world, lambda: shutil.rmtree(job.folder / "features", ignore_errors=True))
-    evidence = measure(job, labels, extract_all(job))
+    with lack_of_memory_told(world, FEWER_ROWS):
+        job = _prepare(spec, sampled, world, report)
+        report.say(
+            f"probing {len(job.depths)} depths of {spec.model.name} with {len(sampled.train):,} of {len(labels):,} rows"
+        )
+        # Features of earlier advice would take no time to extract, and the time of a row is part of the evidence.
+        on_first(world, lambda: shutil.rmtree(job.folder / "features", ignore_errors=True))
+        evidence = measure(job, labels, extract_all(job))
     verdict = judge(evidence, job.plan.structure, job.plan.card.default_lr)
     costs = _price(spec, evidence, job, tables, world)
     advice = Advice(job.folder, evidence, verdict, costs, round(time.perf_counter() - started_s, 2))

@@ -27,6 +27,7 @@ from dist_finetune.features.results import HeadResult, head_result, render_resul
 from dist_finetune.features.room import available_bytes, fits
 from dist_finetune.hold import Hold
 from dist_finetune.html_report.at_end import write_page
+from dist_finetune.no_memory import FEWER_ROWS, lack_of_memory_told
 from dist_finetune.report import Reporter, require_trackers
 from dist_finetune.run_folder import Changes, enter_run_folder, folder_of, resume_command, start_run_folder, write_json
 from dist_finetune.signals import StopSignals
@@ -53,7 +54,8 @@ def compare_heads(spec: Spec, fresh: bool = False, changes: Changes = "none") ->
                 if found == "finished":
                     report.say(f"{folder} is finished; --fresh runs it again")
                     return load_feature_summary(folder)
-                return _run(spec, fresh, world, report, hold, started_s)
+                with lack_of_memory_told(world, FEWER_ROWS):
+                    return _run(spec, fresh, world, report, hold, started_s)
             except Exception as error:
                 end_early(folder, found, error, world, report, hold)
                 raise

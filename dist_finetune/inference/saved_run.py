@@ -24,6 +24,7 @@ from dist_finetune.models.export import load_exported
 from dist_finetune.models.order import structure_for
 from dist_finetune.models.saved import image_of
 from dist_finetune.models.sources import forward_logits, load_tokenizer
+from dist_finetune.no_memory import lack_of_memory_told
 from dist_finetune.plan import DataPlan
 from dist_finetune.run_folder import read_summary, resume_command
 from dist_finetune.spec import Spec
@@ -32,6 +33,7 @@ from dist_finetune.topology import has_bf16
 from dist_finetune.world import World, join_world, together
 
 Precision = Literal["fp32", "bf16", "fp16"]
+MORE_ROOM = "Start it where more is free, such as on the CPU: CUDA_VISIBLE_DEVICES= (empty)"
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def opened_run(folder: Path) -> Iterator[tuple[SavedRun, World]]:
     """The run in `folder` with its model on this rank's device, in the job that this process finds itself in (alone: a
     job of one). Collective. Raises UserError as `open_run` does, on every rank."""
     find_model(folder)
-    with join_world(load_spec(folder / "config.yaml").launch) as world:
+    with join_world(load_spec(folder / "config.yaml").launch) as world, lack_of_memory_told(world, MORE_ROOM):
         run = together(lambda: open_run(folder))
         run.module.to(world.device)
         yield run, world

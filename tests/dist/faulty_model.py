@@ -55,6 +55,8 @@ class Faulty(nn.Module):
             marker.touch()
         if fault["kind"] == "raise":
             raise ValueError("the fault that was asked for")
+        if fault["kind"] == "memory":
+            torch.empty(2**50)
         if fault["kind"] == "hang":
             time.sleep(600)
         if fault["kind"] == "kill":

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -224,6 +226,25 @@ def test_a_failed_rank_ends_all_with_its_own_words_last(
         tail = "\n".join(job.output().splitlines()[-25:])
         assert "ValueError: the fault that was asked for" in tail, tail
         assert "Connection closed by peer" not in tail[tail.index("the fault that was asked for") :]
+
+
+def test_a_rank_without_memory_says_what_to_do(
+    make_config: Callable[..., Path], material: Material, tmp_path: Path
+) -> None:
+    """And what it names works: fewer rows at once go on from the last checkpoint."""
+    config, run = make_config(), tmp_path / "runs" / "job"
+    fault = json.dumps({"kind": "memory", "rank": 1, "call": 30, "marker": str(tmp_path / "done")})
+    with started(run_command(config), tmp_path, material, FAULT=fault) as job:
+        assert job.wait(60) == 1
+        said = job.output().splitlines()[-1]
+    assert said.startswith(f"error: rank 1 on {socket.gethostname()}: the machine has no memory left: "), said
+    assert "DefaultCPUAllocator: can't allocate memory: you tried to allocate" in said
+    assert "Use a smaller train.micro_batch_size" in said
+    assert said.endswith(f"dist-finetune resume {run} train.micro_batch_size=1"), said
+    resume = [sys.executable, "-m", "dist_finetune", *said.split("dist-finetune ")[-1].split(), "--processes", "2"]
+    with started(resume, tmp_path, material) as job:
+        assert job.wait(60) == 0, job.output()[-3000:]
+    assert read_json(run / "summary.json")["attempts"] == 2
 
 
 @pytest.mark.parametrize("victim", ["rank 0", pytest.param("rank 1", marks=pytest.mark.slow), "launcher"])
