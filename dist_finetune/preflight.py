@@ -8,6 +8,7 @@ import fcntl
 import os
 import socket
 import struct
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from dist_finetune.errors import UserError
 from dist_finetune.launchers.environment import LaunchedAs, granted_gpus
 
+CONNECT_SLACK_S = 2.0  # a timeout of torch's own comes first, and says more
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 
 
@@ -153,15 +155,28 @@ def check_all_reduce(rank: int, world_size: int, device: torch.device, timeout_s
     """
     number = torch.tensor([rank + 1.0], device=device)
     via = interfaces()
-    try:
-        work = dist.all_reduce(number, async_op=True)
-        work.wait(timedelta(seconds=timeout_s))
-        total = number.item()
-    except RuntimeError as error:
+    found: list[float | RuntimeError] = []
+
+    def reduce() -> None:
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # a thread begins with the first one
+            work = dist.all_reduce(number, async_op=True)
+            work.wait(timedelta(seconds=timeout_s))
+            found.append(number.item())
+        except RuntimeError as error:
+            found.append(error)
+
+    # NCCL connects in its first collective, and as long as that waits no timeout of torch's counts.
+    thread = threading.Thread(target=reduce, name="first all-reduce", daemon=True)
+    thread.start()
+    thread.join(timeout_s + CONNECT_SLACK_S)
+    total = found[0] if found else f"no answer in {timeout_s:.0f} s"
+    if not isinstance(total, float):
         raise UserError(
-            f"rank {rank} on {socket.gethostname()}: the first all-reduce failed: {str(error).splitlines()[0]}; {via}. "
+            f"rank {rank} on {socket.gethostname()}: the first all-reduce failed: {str(total).splitlines()[0]}; {via}. "
             f"{INTERFACE_TODO}"
-        ) from None
+        )
     if total != world_size * (world_size + 1) / 2:
         raise UserError(f"rank {rank}: an all-reduce of 1 to {world_size} gave {total}; {via}")
 

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ import pytest
 import torch
 from harness import free_port, outputs
 
-from dist_finetune import world
+from dist_finetune import preflight, world
 from dist_finetune.errors import UserError
 from dist_finetune.launchers.environment import LaunchedAs, cpu_threads, granted_gpus
 from dist_finetune.spec import LaunchSpec
@@ -110,7 +111,6 @@ def test_two_ranks_on_one_gpu_are_refused(
         world._check_ranks(world.World("torchrun", 0, 0, 2, 2, torch.device("cuda", 0)))
 
 
-JOIN = """
 @pytest.mark.parametrize(
     ("device", "world_size", "failed", "closes"),
     [
@@ -142,6 +142,7 @@ def test_a_group_that_is_not_to_be_closed_is_left_to_the_end_of_the_process(monk
     assert told == [(torch.device("cpu"), 1, False), (torch.device("cpu"), 1, True)]
 
 
+JOIN = """
 import sys
 from dist_finetune.errors import UserError
 from dist_finetune.spec import LaunchSpec
@@ -315,6 +316,26 @@ def test_a_first_all_reduce_that_fails_is_told_with_the_interface() -> None:
     assert code == 1
     assert f"refused: rank 0 on {socket.gethostname()}: the first all-reduce failed" in err
     assert "the network interface to rank 0 is lo (127.0.0.1)" in err
+
+
+def test_a_first_all_reduce_that_never_connects_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NCCL's, which waits for ranks that can't be reached before any timeout begins to count."""
+    ended = threading.Event()
+
+    def connect(*_: object, **__: object) -> None:
+        ended.wait(60)
+        raise RuntimeError("the test is over")
+
+    monkeypatch.setattr(preflight, "CONNECT_SLACK_S", 0.1)
+    monkeypatch.setattr(preflight.dist, "all_reduce", connect)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"rank 0 on \S+: the first all-reduce failed: no answer in 1 s; the network"):
+        preflight.check_all_reduce(0, 2, torch.device("cpu"), 1.0)
+    assert time.monotonic() - started < 20
+    ended.set()
+    for thread in threading.enumerate():
+        if thread.name == "first all-reduce":
+            thread.join(20)
 
 
 TIMEOUTS = """
