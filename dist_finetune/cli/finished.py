@@ -107,7 +107,12 @@ def verify(
     raise typer.Exit(0 if is_good else 1)
 
 
-def inspect(model: Annotated[str, typer.Argument(metavar="MODEL", help="As model.name in a config.")]) -> None:
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As model.name in a config.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="As model.trust_remote_code: run code of a hub repository.")
+    ] = False,
+) -> None:
     """Show a model's structure as freeze rules name it: embeddings or stem, numbered blocks, head, tied tensors."""
     from dist_finetune.models.on_meta import on_meta
     from dist_finetune.models.order import structure_for
@@ -115,7 +120,8 @@ def inspect(model: Annotated[str, typer.Argument(metavar="MODEL", help="As model
     from dist_finetune.models.structure import render_structure
     from dist_finetune.spec import ModelSpec
 
-    spec = ModelSpec(name=model)
+    # a structure needs no weights, and not all that can be trained have published ones
+    spec = ModelSpec(name=model, weights="none", trust_remote_code=trust_remote_code)
     card = describe_model(spec)
     with on_meta():
         built = build_model(card, spec, ("0", "1"))

@@ -74,7 +74,7 @@ def read_config(folder: Path, spec: ModelSpec) -> Any:
         if "auto_map" in raw and not spec.trust_remote_code:
             raise UserError(
                 f"model.name {spec.name}: its repository brings its own Python code. Read it, and if you trust it set "
-                f"model.trust_remote_code to true."
+                f"model.trust_remote_code to true (`inspect` takes --trust-remote-code)."
             ) from None
         kinds = sorted(
             {*MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES}

@@ -1,8 +1,10 @@
 """The structure map, family by family, on the meta device: depth, stem, neck and head, and that all adds up."""
 
 import io
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import timm
@@ -478,3 +480,57 @@ def test_the_command_inspect_shows_a_models_parts(capsys: pytest.CaptureFixture[
     assert [row[0] for row in rows] == ["part", "stem", *(f"block {i}" for i in range(4)), "head", "all"]
     assert rows[2][1:3] == ["layer1", "6"]
     assert rows[6][1:4] == ["fc", "2", "194"]  # 96 features, two classes
+
+
+def test_inspect_needs_no_published_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not timm.get_pretrained_cfg("cspresnet50d").has_weights
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", "timm:cspresnet50d"])
+    assert ended.value.code == 0
+    assert "block 3" in capsys.readouterr().out
+
+
+OWN_CODE = """
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+class Config(PretrainedConfig):
+    model_type = "own"
+
+
+class Model(PreTrainedModel):
+    config_class = Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = nn.Embedding(10, 8)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2))
+        self.classifier = nn.Linear(8, config.num_labels)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None):
+        hidden = self.words(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.classifier(hidden[:, 0])
+"""
+
+
+def test_inspect_runs_code_of_a_repository_where_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "code.py").write_text(OWN_CODE)
+    own = {"AutoConfig": "code.Config", "AutoModelForSequenceClassification": "code.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": own}))
+    for asked, code in (([], 2), (["--trust-remote-code"], 0)):
+        with pytest.raises(SystemExit) as ended:
+            main(["inspect", str(folder), *asked])
+        assert ended.value.code == code
+    out, err = capsys.readouterr()
+    assert "`inspect` takes --trust-remote-code" in err
+    rows = [re.split(" {2,}", line)[:3] for line in out.splitlines()]
+    assert rows[1:4] == [["embeddings", "words", "1"], ["block 0", "layers.0", "2"], ["block 1", "layers.1", "2"]]
