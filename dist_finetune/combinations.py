@@ -5,7 +5,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from dist_finetune.errors import UserError
+from dist_finetune.models.dropout import layer_drops
 from dist_finetune.models.structure import Structure
 from dist_finetune.phases import PhasePlan
 from dist_finetune.spec import Spec, Strategy
@@ -38,6 +41,22 @@ def refuse_impossible(
     problems = list(_problems(spec, topology, precision, structure, phases))
     if problems:
         raise UserError(_listed(problems))
+
+
+def refuse_layer_drop(spec: Spec, model: nn.Module, world_size: int, phases: Sequence[PhasePlan]) -> None:
+    """Raises UserError where processes would leave out layers of their own: each waits for gradients, or weights, of
+    what another one does not run."""
+    if world_size == 1:
+        return
+    held = [set(phase.manifest.held_modules if phase.manifest.mode == "eval" else ()) for phase in phases]
+    for path, name, rate in layer_drops(model):
+        above = {path, *(path[:i] for i, letter in enumerate(path) if letter == ".")}
+        if not all(above & modules for modules in held):
+            raise UserError(
+                f"model.name: {spec.model.name} leaves out layers at random ({f'{path}.{name}'.lstrip('.')} is "
+                f"{rate:g}), each of {world_size} processes others, so that they can't train together. Set "
+                "model.dropout: 0.0, make it 0 in a copy of the model's config.json, or use one process"
+            )
 
 
 def _problems(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from dist_finetune.batch_plan import BatchPlan, micro_batch_tokens, plan_batches, rows_per_rank, steps_per_epoch
 from dist_finetune.cache.decide import CacheDecision, decide_cache
-from dist_finetune.combinations import possible_strategies, refuse_impossible
+from dist_finetune.combinations import possible_strategies, refuse_impossible, refuse_layer_drop
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.deepspeed_settings import deepspeed_settings, zero_section
 from dist_finetune.errors import UserError
@@ -216,6 +216,8 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
     phases = plan_phases(spec, structure, model, steps_per_epoch(spec, data.num_rows["train"]), card.default_lr)
     precision = _plan_precision(spec, topology)
     refuse_impossible(spec, topology, precision, structure, phases)
+    if spec.task != "features":  # in which nothing is in training mode
+        refuse_layer_drop(spec, model, topology.world_size, phases)
     strategies = possible_strategies(spec, STRATEGIES, phases)
     limits = Limits(topology.world_size, topology.device, topology.device_memory_bytes, share)
     costs = plan_costs(

@@ -1,5 +1,6 @@
 """One dropout probability for a whole model, whichever library built it and wherever it hides the number."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -39,6 +40,15 @@ def set_dropout(model: nn.Module, dropout: float) -> None:
         for name, value in list(vars(module).items()):
             if _is_dropout_name(name) and _is_number(value):
                 _set(module, name, dropout, skips_paths or _is_path_name(name))
+
+
+def layer_drops(model: nn.Module) -> Iterator[tuple[str, str, float]]:
+    """Path, attribute and rate of each module that leaves out some of its layers at random while it trains
+    (LayerDrop, Fan et al. 2020). Stochastic depth is none: it multiplies, so that every parameter has its gradient."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name.replace("_", "").lower().endswith("layerdrop") and _is_number(value) and value > 0:
+                yield path, name, value
 
 
 def _set(module: nn.Module, name: str, dropout: float, skips_paths: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from transformers import BertConfig
+from transformers import BertConfig, FlaubertConfig
 
 from dist_finetune.batch_plan import rows_per_rank
 from dist_finetune.cli import main
@@ -193,6 +193,20 @@ def test_a_run_takes_the_micro_batch_that_ran_when_it_was_tried(folder, monkeypa
     assert (ddp.micro_batch_size, ddp.fits, ddp.peak > plan.memory[plan.strategy].peak) == (4, True, True)
     assert half.memory[plan.strategy].peak < plan.memory[plan.strategy].peak
     assert capsys.readouterr().out == "note: micro-batch 4: the planned 8 ran out of memory when tried\n"
+
+
+def test_layers_that_are_left_out_at_random_are_for_one_process(folder, tmp_path):
+    """Other processes would leave out others, and wait for each other."""
+    config = FlaubertConfig(vocab_size=2000, emb_dim=16, n_layers=2, n_heads=2, layerdrop=0.2)
+    config.save_pretrained(tmp_path / "flaubert")
+    model = {"name": str(tmp_path / "flaubert")}
+    tables = read_tables(spec_of(folder).data, 0)
+    plan_run(spec_of(folder, model=model, freeze="none"), Topology(1, 1), tables)
+    with pytest.raises(UserError, match=r"leaves out layers at random \(transformer.layerdrop is 0.2\), each of 2"):
+        plan_run(spec_of(folder, model=model, freeze="none"), Topology(1, 2), tables)
+    plan_run(spec_of(folder, model=model, freeze="backbone"), Topology(1, 2), tables)
+    plan_run(spec_of(folder, model=model | {"dropout": 0.0}, freeze="none"), Topology(1, 2), tables)
+    plan_run(spec_of(folder, model=model, freeze="none", task="features"), Topology(1, 2), tables)
 
 
 def test_a_strategy_that_does_not_fit_ends_with_code_1_and_a_way_out(folder, capsys):
