@@ -123,6 +123,14 @@ def plan_notes(plan: Plan) -> list[str]:
     return list(dict.fromkeys([*notes, replicated] if replicated else notes))
 
 
+def room_notes(plan: Plan) -> list[str]:
+    """What the plan says of a run that would not fit and that nothing tries: a micro-batch of the user's own is run as
+    it is, since a plan counts more than some runs take."""
+    if plan.misfit is None or plan.spec.train.micro_batch_size == "auto":
+        return []
+    return [f"this run may end for lack of memory: {plan.misfit}"]
+
+
 def _phase_line(plan: Plan, phase: PhasePlan) -> str:
     """What a phase freezes, its steps and rates; a run of one phase names none."""
     manifest = phase.manifest

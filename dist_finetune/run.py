@@ -15,7 +15,7 @@ from dist_finetune.launchers.brought import refuse_launcher_settings
 from dist_finetune.models.sources import load_tokenizer
 from dist_finetune.no_memory import lack_of_memory_told, needs_less
 from dist_finetune.plan import Plan, plan_run, with_micro_batch
-from dist_finetune.plan_text import plan_lines, plan_notes
+from dist_finetune.plan_text import plan_lines, plan_notes, room_notes
 from dist_finetune.proof import verify_frozen
 from dist_finetune.report import Reporter, require_trackers
 from dist_finetune.run_folder import Changes, enter_run_folder, folder_of, start_run_folder
@@ -111,7 +111,7 @@ def _prepare(spec: Spec, world: World, report: Reporter, signals: StopSignals) -
         )
     )
     report.say(plan_lines(plan))
-    report.notes([*tables.notes, *plan_notes(plan), *brought])
+    report.notes([*tables.notes, *plan_notes(plan), *room_notes(plan), *brought])
     tokenizer = together(lambda: load_tokenizer(plan.card)) if plan.card.modality == "text" else None
     splits = encode_once(plan, tables, tokenizer, world)
     return Job(plan, world, report, folder_of(spec), splits, tokenizer, signals)

@@ -17,7 +17,7 @@ from dist_finetune.cli import main
 from dist_finetune.data.tables import read_tables
 from dist_finetune.errors import UserError
 from dist_finetune.plan import Plan, make_plan, plan_run
-from dist_finetune.plan_text import cost_lines, plan_lines, plan_notes, render_plan
+from dist_finetune.plan_text import cost_lines, plan_lines, plan_notes, render_plan, room_notes
 from dist_finetune.report import Reporter
 from dist_finetune.run import _tried
 from dist_finetune.spec import LaunchSpec, Spec
@@ -193,6 +193,15 @@ def test_a_run_takes_the_micro_batch_that_ran_when_it_was_tried(folder, monkeypa
     assert (ddp.micro_batch_size, ddp.fits, ddp.peak > plan.memory[plan.strategy].peak) == (4, True, True)
     assert half.memory[plan.strategy].peak < plan.memory[plan.strategy].peak
     assert capsys.readouterr().out == "note: micro-batch 4: the planned 8 ran out of memory when tried\n"
+
+
+def test_a_run_that_nothing_tries_says_what_the_plan_says(folder):
+    tables = read_tables(spec_of(folder).data, 0)
+    eight_rows = {"global_batch_size": 16, "micro_batch_size": 8}
+    tight = plan_run(spec_of(folder, train=eight_rows), gpus(2, 1), tables)
+    assert room_notes(tight) == [f"this run may end for lack of memory: {tight.misfit}"]
+    assert room_notes(plan_run(spec_of(folder, train=eight_rows), gpus(2, 80 * 1024), tables)) == []
+    assert room_notes(plan_run(spec_of(folder), gpus(2, 1), tables)) == [], "which is tried"
 
 
 def test_layers_that_are_left_out_at_random_are_for_one_process(folder, tmp_path):
