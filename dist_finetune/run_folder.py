@@ -22,8 +22,8 @@ from dist_finetune.spec_file import resolved_yaml
 
 Changes = Literal["none", "layout", "allow"]
 LAYOUT_KEYS = (
-    "shard.", "launch.", "track.", "checkpoint.", "output", "name", "data.num_workers",
-    "train.micro_batch_size", "train.eval_batch_size", "train.log_every",
+    "shard.", "launch.", "track.", "checkpoint.", "output", "name", "data.num_workers", "cache.folder", "cache.quota",
+    "train.micro_batch_size", "train.eval_batch_size", "train.gradient_checkpointing", "train.log_every",
 )  # fmt: skip
 ALLOWED_KEYS = (
     "train.epochs", "train.max_steps", "train.lr", "train.head_lr", "train.pattern_lr", "train.schedule",

@@ -114,6 +114,18 @@ def test_more_epochs_and_another_rate_need_a_word(again: tuple[Path, Train]) -> 
     assert "train.seed" in refused(start, "allow", overrides=["train.seed=3"])
 
 
+def test_a_run_goes_on_with_less_memory_and_another_disk(again: tuple[Path, Train], finished: Any) -> None:
+    """Recomputed activations change no number, and a cache holds the same wherever it lies."""
+    run, start = again
+    shutil.rmtree(run / "checkpoints" / "step-000008")
+    disk = json.dumps({"mode": "off", "folder": str(run.parent / "disk")})
+    less = {"overrides": ["train.gradient_checkpointing=true", f"cache={disk}"]}
+    assert "train.gradient_checkpointing: False before, True now" in refused(start, **less)
+    assert start("layout", **less).steps == 8
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (run, finished[1]))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
 def test_other_rows_are_refused(again: tuple[Path, Train]) -> None:
     run, start = again
     rows = run.parent / "material" / "train.csv"
