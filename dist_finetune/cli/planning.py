@@ -14,7 +14,9 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each machine.")] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of each machine; left out: as many as are visible here.")
+    ] = None,
     gpu_memory: Annotated[str | None, typer.Option(help="Memory of a GPU, such as 80GiB.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON.")] = False,
     params: Annotated[bool, typer.Option("--params", help="List every parameter.")] = False,
@@ -24,14 +26,15 @@ def plan(
     memory = memory_bytes(gpu_memory) if gpu_memory else None
     from dist_finetune.plan import for_planning, make_plan
     from dist_finetune.plan_text import render_plan
-    from dist_finetune.topology import Topology, local_topology
+    from dist_finetune.topology import Topology, local_topology, visible_gpus
 
-    here = local_topology(gpus_per_node or 1, nodes)
+    processes = gpus_per_node or visible_gpus() or 1  # as `run` starts here
+    here = local_topology(processes, nodes)
     asks_for_gpus = gpus_per_node is not None or memory is not None
     if asks_for_gpus:
         memory = memory or here.device_memory_bytes
         is_seen = here.device == "cuda"
-        topology = Topology(nodes, gpus_per_node or 1, "cuda", memory, here.supports_bf16, is_seen)
+        topology = Topology(nodes, processes, "cuda", memory, here.supports_bf16, is_seen)
     else:
         topology = here
     planned = make_plan(for_planning(spec, topology.world_size), topology)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -216,6 +217,19 @@ def test_layers_that_are_left_out_at_random_are_for_one_process(folder, tmp_path
     plan_run(spec_of(folder, model=model, freeze="backbone"), Topology(1, 2), tables)
     plan_run(spec_of(folder, model=model | {"dropout": 0.0}, freeze="none"), Topology(1, 2), tables)
     plan_run(spec_of(folder, model=model, freeze="none", task="features"), Topology(1, 2), tables)
+
+
+def test_a_plan_is_for_the_gpus_that_a_run_would_take(folder, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    for asked, expected in (([], 4), (["--gpus-per-node", "2"], 2), (["--gpu-memory", "40GiB"], 4)):
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", str(folder / "plan.yaml"), "--json", *asked])
+        assert ended.value.code == 0
+        assert json.loads(capsys.readouterr().out)["topology"]["processes_per_node"] == expected
 
 
 def test_a_strategy_that_does_not_fit_ends_with_code_1_and_a_way_out(folder, capsys):
