@@ -37,6 +37,8 @@ class Reporter:
         self._is_first = is_first
         self._metrics: Any = None
         self._lost_metrics = False
+        self.has_files = False
+        """True once the run's folder is there, on every rank."""
         self._sinks: list[Sink] = []
         self._early: list[str] = []
         # a name such as glue:sst2[train] is no markup
@@ -47,6 +49,7 @@ class Reporter:
 
     def open_files(self, folder: Path) -> None:
         """Starts metrics.jsonl and log.txt in an existing run folder."""
+        self.has_files = True
         if not self._is_first:
             return
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
@@ -70,11 +73,6 @@ class Reporter:
             self.say(f"W&B: {run.mode}, {run.url or folder / 'wandb'}")
         if spec.track.tensorboard:
             self._sinks.append(TensorBoard(folder / TENSORBOARD, step))
-
-    @property
-    def has_files(self) -> bool:
-        """True once the run's folder is there, on the rank that writes it."""
-        return self._metrics is not None
 
     def say(self, message: Any) -> None:
         """A line (or a rich table) for the user, and for log.txt."""
@@ -145,6 +143,7 @@ class Reporter:
     def finish(self, summary: dict[str, Any], exit_code: int) -> None:
         """Closes files and trackers; `summary` becomes the trackers' summary."""
         self.stop_progress()
+        self.has_files = False
         for sink in self._sinks:
             sink.finish(summary, exit_code)
         self._sinks = []

@@ -142,11 +142,14 @@ def summarise(
 
 
 def write_end(folder: Path | None, error: Exception, world: World) -> None:
-    """Tells a job script how the run ended, and marks its folder, where it has one, as failed or stopped."""
+    """Tells a job script how the run ended, and marks its folder, where it has one, as failed or stopped.
+
+    On whichever rank knows first: one that fails alone leaves the first rank in a collective, which the launcher ends.
+    """
     status: Literal["stopped", "failed"] = "stopped" if isinstance(error, Stopped) else "failed"
     if world.is_first:
         tell_job_script(status)
-    if world.is_first and folder and (folder / "plan.json").exists() and read_summary(folder).get("status") is None:
+    if folder and (folder / "plan.json").exists() and read_summary(folder).get("status") is None:
         when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         told = {"status": status, "message": f"{type(error).__name__}: {error}", "time": when}
         with contextlib.suppress(OSError):  # a full disk must not hide what ended the run

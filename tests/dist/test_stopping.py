@@ -241,6 +241,8 @@ def test_a_rank_without_memory_says_what_to_do(
     assert "DefaultCPUAllocator: can't allocate memory: you tried to allocate" in said
     assert "Use a smaller train.micro_batch_size" in said
     assert said.endswith(f"dist-finetune resume {run} train.micro_batch_size=1"), said
+    summary = read_json(run / "summary.json")
+    assert (summary["status"], summary["message"]) == ("failed", f"TrainingError: {said.removeprefix('error: ')}")
     resume = [sys.executable, "-m", "dist_finetune", *said.split("dist-finetune ")[-1].split(), "--processes", "2"]
     with started(resume, tmp_path, material) as job:
         assert job.wait(60) == 0, job.output()[-3000:]
