@@ -34,6 +34,8 @@ WAITING_IN = (
     "dist_finetune/stopping.py",
     "dist_finetune/world.py",
 )
+DEVICE_READS = (".tolist()", ".item()", ".cpu()", '.to("cpu"')
+"""On a GPU these wait for what is queued there, and so for collectives that other ranks have not come to."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,9 @@ def place_of(thread: int) -> tuple[str, bool]:
     stack = traceback.extract_stack(frame)
     package = Path(__file__).parent
     ours = next((f for f in reversed(stack) if Path(f.filename).is_relative_to(package)), stack[-1])
-    waits = any(part in stack[-1].filename for part in WAITING_IN)
     innermost = stack[-1]
+    waits = any(part in innermost.filename for part in WAITING_IN)
+    waits = waits or any(read in (innermost.line or "") for read in DEVICE_READS)
     inside = "" if innermost is ours else f", inside {Path(innermost.filename).name} line {innermost.lineno}"
     return f"{Path(ours.filename).name} line {ours.lineno}, {ours.line}{inside}", waits
 

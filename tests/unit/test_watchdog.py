@@ -4,6 +4,8 @@ import threading
 import time
 from pathlib import Path
 
+import torch
+
 from dist_finetune.cache.fill import require_seen
 from dist_finetune.watchdog import place_of
 from dist_finetune.world import _attempt
@@ -21,3 +23,19 @@ def test_a_rank_is_shown_in_whatever_folder_of_the_package_it_is(tmp_path: Path)
         waiting.join()
     assert place.startswith("fill.py line "), place
     assert not waits
+
+
+def test_a_rank_that_reads_from_its_gpu_waits_for_others() -> None:
+    """Its collectives are queued there, as under the metrics of some steps: it is not the one that hangs."""
+    over, number = threading.Lock(), torch.ones(1)
+    over.acquire()
+    # a read that takes as long as one of a GPU whose collective never ends
+    reading = threading.Thread(target=lambda: over.acquire() and number.item(), daemon=True)
+    reading.start()
+    time.sleep(0.2)
+    try:
+        _, waits = place_of(reading.ident or 0)
+    finally:
+        over.release()
+        reading.join()
+    assert waits
