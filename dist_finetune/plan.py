@@ -26,6 +26,7 @@ from dist_finetune.memory.costs import Costs, PassRequest, plan_costs
 from dist_finetune.memory.demand import Way
 from dist_finetune.memory.state import FP32_BYTES
 from dist_finetune.models.card import ModelCard
+from dist_finetune.models.dropout import has_dropout
 from dist_finetune.models.image_size import refuse_image_size
 from dist_finetune.models.on_meta import on_meta
 from dist_finetune.models.order import structure_for
@@ -211,6 +212,8 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
         model = build_model(card, spec.model, data.classes)
     if spec.data.image_size:
         refuse_image_size(model, card, spec.model, data.classes)
+    if spec.model.dropout and not has_dropout(model, spec.model.dropout):
+        raise UserError(f"model.dropout: {spec.model.dropout:g} has no effect: {card.name} has no dropout; remove it")
     structure = structure_for(model, card)
     share = rows_per_rank(spec, topology)
     phases = plan_phases(spec, structure, model, steps_per_epoch(spec, data.num_rows["train"]), card.default_lr)

@@ -42,6 +42,19 @@ def set_dropout(model: nn.Module, dropout: float) -> None:
                 _set(module, name, dropout, skips_paths or _is_path_name(name))
 
 
+def has_dropout(model: nn.Module, dropout: float) -> bool:
+    """Whether a model, or the config that it reads, has a dropout of this probability; skipped paths are none."""
+    owners = [*model.modules(), *(module.config for module in model.modules() if hasattr(module, "config"))]
+    return any(
+        (isinstance(owner, _DropoutNd) and owner.p == dropout)
+        or any(
+            _is_dropout_name(name) and not _is_path_name(name) and _is_number(value) and value == dropout
+            for name, value in getattr(owner, "__dict__", {}).items()
+        )
+        for owner in owners
+    )
+
+
 def layer_drops(model: nn.Module) -> Iterator[tuple[str, str, float]]:
     """Path, attribute and rate of each module that leaves out some of its layers at random while it trains
     (LayerDrop, Fan et al. 2020). Stochastic depth is none: it multiplies, so that every parameter has its gradient."""

@@ -11,7 +11,10 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from dist_finetune.models.dropout import set_config_dropout, set_dropout
+from dist_finetune.errors import UserError
+from dist_finetune.models.dropout import has_dropout, set_config_dropout, set_dropout
+from dist_finetune.plan import make_plan
+from dist_finetune.spec import Spec
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TEXT = {
@@ -120,3 +123,28 @@ def test_a_dropout_above_zero_reaches_every_dropout_and_leaves_stochastic_depth(
     bert = text_model("bert", 0.3)
     assert {m.p for m in bert.modules() if isinstance(m, nn.Dropout)} == {0.3}
     assert bert.config.classifier_dropout == 0.3
+
+
+def test_a_dropout_is_found_wherever_it_was_set() -> None:
+    for kind in TEXT:
+        assert has_dropout(text_model(kind, 0.3), 0.3)
+    for build in OTHERS.values():
+        model = build()
+        assert not has_dropout(model, 0.3)
+        set_dropout(model, 0.3)
+        assert has_dropout(model, 0.3)
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:test_resnet"])
+def test_a_dropout_without_effect_is_refused(name: str) -> None:
+    """timm's ResNet has one before its head, torchvision's has none."""
+    data = {"train": "builtin:digits", "max_rows": 100, "image_size": 32}
+    spec = Spec.model_validate(
+        {"model": {"name": name, "weights": "none", "dropout": 0.3}, "data": data, "name": "dropped"}
+    )
+    if name.startswith("timm"):
+        make_plan(spec)
+        return
+    with pytest.raises(UserError, match=r"^model.dropout: 0.3 has no effect: torchvision:resnet18 has no dropout"):
+        make_plan(spec)
+    make_plan(spec.model_copy(update={"model": spec.model.model_copy(update={"dropout": 0.0})}))
