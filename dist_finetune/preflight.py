@@ -127,12 +127,12 @@ def open_group(found: LaunchedAs, store: dist.Store, backend: str, timeout_s: fl
         ) from None
 
 
-def wait_longer(timeout_s: float) -> None:
-    """Collectives of the job wait for `timeout_s` from here on."""
+def wait_longer(timeout_s: float, group: dist.ProcessGroup | None = None) -> None:
+    """Collectives of a group, left out: of the job, wait for `timeout_s` from here on."""
     if hasattr(dist, "set_timeout"):
-        dist.set_timeout(timedelta(seconds=timeout_s))
+        dist.set_timeout(timedelta(seconds=timeout_s), group)
     else:  # before torch 2.14
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 INTERFACE_TODO = (

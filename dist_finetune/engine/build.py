@@ -12,6 +12,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dist_finetune.engine.base import Engine
@@ -25,6 +26,7 @@ from dist_finetune.freeze import Manifest, check_frozen_flags
 from dist_finetune.launchers.environment import scrubbed
 from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
+from dist_finetune.preflight import wait_longer
 from dist_finetune.world import World, sum_over_ranks
 
 CUT_AS_THEY_ARRIVE = ("zero3", "fsdp")
@@ -61,6 +63,7 @@ def open_accelerator(plan: Plan, phase: PhasePlan, world: World) -> Any:
             # Its C++ op would be compiled at start-up, and crashes where no compiler is; gloo does the same work.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             _import_without_compiling("deepspeed.runtime.zero.muon.muon_optimizer")
+            _forget_closed_group()
             plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
             backend = "nccl" if world.device.type == "cuda" else "gloo"
             accelerator = Accelerator(
@@ -77,6 +80,17 @@ def open_accelerator(plan: Plan, phase: PhasePlan, world: World) -> Any:
                 "environment disagree; start one launcher only and remove ACCELERATE_* variables"
             )
     return accelerator
+
+
+def _forget_closed_group() -> None:
+    """DeepSpeed keeps its copy of the process group for the whole process: a second run in a notebook would meet that
+    of the first one, which is closed."""
+    from deepspeed.utils import groups
+
+    try:
+        dist.get_process_group_ranks(groups._WORLD_GROUP)
+    except KeyError:
+        groups._WORLD_GROUP = None
 
 
 def _import_without_compiling(module: str) -> None:
@@ -128,6 +142,11 @@ def shard(
                 wrapped, prepared = model, accelerator.prepare(optimizer)
             else:
                 wrapped, prepared = accelerator.prepare(model, optimizer)
+            if plan.strategy.startswith("zero"):
+                from deepspeed.utils import groups
+
+                # made with torch's own timeout, whatever the group has that it is a copy of
+                wait_longer(plan.spec.launch.timeout, groups._get_data_parallel_group())
         if plan.strategy == "ddp":
             engine = DdpEngine(wrapped, model, prepared, plan, accelerator)
         else:

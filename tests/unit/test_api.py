@@ -4,11 +4,19 @@ import importlib
 import os
 import subprocess
 import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from material import write_material
 
+from dist_finetune import run
+from dist_finetune.engine import build
 from dist_finetune.spec import LaunchSpec
+from dist_finetune.spec_file import load_spec
 from dist_finetune.world import join_world
 
 
@@ -46,3 +54,26 @@ def test_what_a_notebook_starts_after_a_run_is_no_rank_of_it(monkeypatch: pytest
         assert dist.is_initialized()
     assert dict(os.environ) == before
     assert not dist.is_initialized()
+
+
+def test_runs_follow_each_other_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook. Each makes a process group and closes it, of which engines keep copies: of this run's, which
+    wait as long as it says, and not of the one before."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    material = write_material(tmp_path)
+    train = {"global_batch_size": 32, "max_steps": 2}
+    more = {"cache": "off", "launch": {"timeout": "2 h"}, "track": {"wandb": "off"}}
+    waits: list[tuple[str, timedelta]] = []
+    check = build._check_held
+
+    def look(engine: Any, strategy: str, *rest: Any) -> None:
+        group = engine._zero.dp_process_group if strategy == "zero3" else dist.group.WORLD
+        waits.append((strategy, group._get_backend(torch.device("cpu")).options._timeout))
+        check(engine, strategy, *rest)
+
+    monkeypatch.setattr(build, "_check_held", look)
+    for number, strategy in enumerate(("zero3", "fsdp") * 2):
+        config = material.text(train=train, shard={"strategy": strategy}, **more)
+        spec = load_spec({**config, "name": f"run-{number}", "output": str(tmp_path / "runs")})
+        assert run.train(spec).status == "finished"
+    assert waits == [("zero3", timedelta(hours=2)), ("fsdp", timedelta(hours=2))] * 2
