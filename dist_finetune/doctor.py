@@ -6,6 +6,7 @@ Started alone it looks at one machine; under a launcher every rank looks, and th
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from dist_finetune.doctor_local import Finding, local_findings
@@ -17,7 +18,7 @@ from dist_finetune.launchers.environment import world_from_environment
 from dist_finetune.plan import Plan, for_planning, make_plan
 from dist_finetune.run_folder import output_of
 from dist_finetune.spec import LaunchSpec, Spec
-from dist_finetune.topology import job_topology
+from dist_finetune.topology import job_topology, visible_gpus
 from dist_finetune.world import World, gather_objects, join_world, together
 
 JOIN_TIMEOUT_S = 60.0
@@ -78,7 +79,7 @@ def _examine_together(spec: Spec | None, world: World, findings: list[Finding]) 
     findings.extend(rank_findings(world))  # one by one: what came before a hang is kept
     plan, problem = _plan(spec, world)
     findings += [problem] if problem else []
-    local = local_findings(spec, plan, world.local_world_size)
+    local = local_findings(spec, plan, None if world.launcher == "none" else world.local_world_size)
     findings += _merged(gather_objects((socket.gethostname(), local)))
     output = (output_of(spec) if spec else Path("runs")).absolute()
     findings.append(shared_folder_finding(world, "run folder", output, must_share=True))
@@ -87,10 +88,13 @@ def _examine_together(spec: Spec | None, world: World, findings: list[Finding]) 
 
 
 def _plan(spec: Spec | None, world: World) -> tuple[Plan | None, Finding | None]:
-    """The plan of `spec` for this job, and what is wrong with it; Accelerate and DeepSpeed must see the same world."""
+    """The plan of `spec` for this job, alone: for what this machine's GPUs would run; and what is wrong with it.
+    Accelerate and DeepSpeed must see the same world as torch."""
     if spec is None:
         return None, None
     topology = job_topology(world)
+    if world.launcher == "none":  # as `run` would start it here
+        topology = replace(topology, processes_per_node=visible_gpus() or 1)
 
     def planned() -> Plan:
         # `strategy: auto` has not measured yet: what it may choose at most is a training of everything
@@ -103,7 +107,8 @@ def _plan(spec: Spec | None, world: World) -> tuple[Plan | None, Finding | None]
         return None, Finding("fail", "config", str(error), "`dist-finetune plan` shows what this config would do")
     engines = "Accelerate and DeepSpeed see" if plan.strategy.startswith("zero") else "Accelerate sees"
     processes = "one process" if world.world_size == 1 else f"{world.world_size} processes"
-    text = f"{plan.strategy}, {plan.precision}; {engines} {processes} too"
+    planned_for = "" if topology.world_size == world.world_size else f" on {topology.world_size} GPUs"
+    text = f"{plan.strategy}, {plan.precision}{planned_for}; {engines} {processes} too"
     if plan.misfit:
         return plan, Finding("fail", "config", plan.misfit)
     return plan, Finding("ok", "config", text)

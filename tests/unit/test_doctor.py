@@ -353,6 +353,23 @@ def test_a_task_that_can_not_go_on_gives_its_own_rank(monkeypatch: pytest.Monkey
         assert re.match(f"fail  ranks +{words}", said[0]), said
 
 
+def test_alone_it_looks_at_what_run_would_start_here(planned: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process for each GPU: that doctor itself is one process is no fault of the machine."""
+    seen: list[tuple[int, int | None]] = []
+
+    def local_findings(spec: Spec, plan: Plan, local_world_size: int | None) -> list[Finding]:
+        seen.append((plan.topology.world_size, local_world_size))
+        return []
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr("dist_finetune.doctor.visible_gpus", lambda: 4)
+    monkeypatch.setattr("dist_finetune.doctor.local_findings", local_findings)
+    said: list[str] = []
+    assert examine(planned.spec, said.append) == 0, said
+    assert seen == [(4, None)]
+    assert re.search(r"^ok    config +ddp, fp32 on 4 GPUs; Accelerate sees one process too$", said[0], re.MULTILINE)
+
+
 @pytest.mark.dist
 def test_absent_ranks_are_named_by_those_that_are_there() -> None:
     port = free_port()
