@@ -45,15 +45,25 @@ def recomputed(forward: Forward, norms: Sequence[_BatchNorm] = (), keep_random_s
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(
-            forward,
+            _by_name(forward, len(args), tuple(kwargs)),
             *args,
+            *kwargs.values(),
             use_reentrant=False,
             preserve_rng_state=keep_random_state,
             context_fn=contexts,
-            **kwargs,
         )
 
     return run
+
+
+def _by_name(forward: Forward, num_positional: int, names: Sequence[str]) -> Forward:
+    """`forward` with its named arguments behind the others. torch looks at those alone for the GPU whose random numbers
+    it repeats: a block that is given all by name would draw another dropout in the second pass."""
+
+    def call(*args: Any) -> Any:
+        return forward(*args[:num_positional], **dict(zip(names, args[num_positional:], strict=True)))
+
+    return call
 
 
 @contextmanager

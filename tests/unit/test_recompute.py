@@ -1,10 +1,14 @@
 """Recomputed blocks give the numbers of plain ones."""
 
 import copy
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from dist_finetune import recompute
 from dist_finetune.recompute import _without_statistics, recomputed
 
 
@@ -36,3 +40,28 @@ def test_batchnorm_that_trains_moves_once() -> None:
         assert one.grad is not None
         assert other.grad is not None
         assert torch.equal(one.grad, other.grad)
+
+
+def test_what_a_block_is_given_by_name_is_seen_where_random_numbers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's are repeated only for tensors that torch gets by position, which no CPU can show."""
+    given: list[tuple[Any, ...]] = []
+
+    def watched(function: Any, *args: Any, **options: Any) -> Any:
+        given.append(args)
+        return torch_checkpoint(function, *args, **options)
+
+    monkeypatch.setattr(recompute, "checkpoint", watched)
+
+    def block(hidden: torch.Tensor, *, mask: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return hidden * mask * scale
+
+    hidden, mask = torch.ones(2, requires_grad=True), torch.tensor([1.0, 0.0])
+    run = recomputed(block)
+    run(mask=mask, hidden=hidden, scale=3.0).sum().backward()
+    run(hidden, scale=3.0, mask=mask).sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.tolist() == [6.0, 0.0]
+    assert [[id(value) for value in args if isinstance(value, torch.Tensor)] for args in given] == [
+        [id(mask), id(hidden)],
+        [id(hidden), id(mask)],
+    ]
