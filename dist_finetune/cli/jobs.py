@@ -10,7 +10,7 @@ import typer
 
 from dist_finetune.cli.options import Config, Fresh, Gpus, Overrides, Processes, RunFolder, load
 from dist_finetune.errors import UserError
-from dist_finetune.launchers.environment import refuse_run_in_many, world_from_environment
+from dist_finetune.launchers.environment import GPUS_PER_NODE, refuse_run_in_many, world_from_environment
 from dist_finetune.launchers.local import count_gpus, launch_local, num_workers
 from dist_finetune.signals import follow_launcher, hold_back_signals, let_signals_through
 from dist_finetune.verdict import tell_job_script
@@ -147,9 +147,12 @@ def _launch(
 ) -> int:
     """Starts the workers of a run on this machine and returns their exit code."""
     refuse_run_in_many(os.environ)
-    world_size = num_workers(gpus, processes, count_gpus())
+    available = count_gpus()
+    world_size = num_workers(gpus, processes, available)
     if spec.task != "features":
         spec.train.rows_per_process(world_size)  # told before so many processes import all that they need to tell it
+    # where torch sees none of them, workers say so instead of training on the CPU
+    env = {**os.environ, GPUS_PER_NODE: str(world_size)} if available else os.environ
     before = _identity(folder) if fresh else None
 
     def folder_ready() -> bool:
@@ -157,7 +160,7 @@ def _launch(
 
     debug, anew = ["--debug"] if "--debug" in sys.argv else [], ["--fresh"] if fresh else []
     worker = [sys.executable, "-m", "dist_finetune", *debug, "train", *arguments, *anew]
-    return launch_local(worker, world_size, folder / "logs", folder_ready, max_restarts=spec.launch.max_restarts)
+    return launch_local(worker, world_size, folder / "logs", folder_ready, env, spec.launch.max_restarts)
 
 
 def _identity(folder: Path) -> int | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from dist_finetune.errors import UserError
 
 OWN_LAUNCHER = "DIST_FINETUNE_LAUNCHER"
-GPUS_PER_NODE = "DIST_FINETUNE_GPUS_PER_NODE"  # what `submit` asked for, written into the job script
+GPUS_PER_NODE = "DIST_FINETUNE_GPUS_PER_NODE"  # what `submit` asked for, in the job script; what `run` counted
 TORCH_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 ACCELERATE_PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 # Logging and CPU affinity change no number.
@@ -103,7 +103,7 @@ def granted_gpus(env: Mapping[str, str]) -> tuple[int, str]:
     for name in (GPUS_PER_NODE, "SLURM_GPUS_ON_NODE"):
         found = re.search(r"(\d+)$", env.get(name, ""))
         if found:
-            return int(found[1]), name
+            return int(found[1]), "nvidia-smi" if name == GPUS_PER_NODE and env.get(OWN_LAUNCHER) == "run" else name
     return 0, ""
 
 

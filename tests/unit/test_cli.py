@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_finetune import __version__, selfcheck
 from dist_finetune.cli import main
@@ -171,6 +173,21 @@ def test_processes_that_can_not_share_a_batch_are_not_started(config: str, tmp_p
     done = command("run", config, "--processes", "5000")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: train.global_batch_size: 32 can't be divided over 5000 processes; use 5000\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
+def test_gpus_that_torch_can_not_use_are_told_instead_of_training_without(config: str, tmp_path: Path) -> None:
+    """As with a torch built for the CPU, or for a newer driver."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho "GPU 0: Some Card (UUID: GPU-0)"\n')
+    program.chmod(0o755)
+    visible = {"PATH": f"{program.parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "0"}
+    done = command("run", config, **visible)
+    assert done.returncode == 2, done.stderr
+    assert re.search(
+        r"error: the job was given 1 GPU on \S+ \(nvidia-smi\), but torch .* sees none: look at", done.stderr
+    )
 
 
 def test_run_under_another_launcher_is_refused(config: str) -> None:
