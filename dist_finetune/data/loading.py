@@ -68,6 +68,8 @@ class Rows:
             num_workers=self.num_workers,
             pin_memory=for_gpu,
             prefetch_factor=NUM_AHEAD if self.num_workers else None,
+            # each start of a loader draws a number, on a GPU in mid-step: from the model's a resumed run would not
+            generator=torch.Generator(),
         )
         return ahead(loader, torch.cuda.current_device()) if for_gpu and not self.num_workers else iter(loader)
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
-from dist_finetune.data.loading import ahead
+from dist_finetune.data.loading import Rows, ahead
 
 
 def batches(made: list[int], number: int = 20, fails_at: int | None = None) -> Iterator[dict[str, Any]]:
@@ -54,3 +55,10 @@ def test_the_thread_ends_with_who_stops_early() -> None:
     got.close()  # type: ignore[attr-defined]
     until(lambda: not making())
     assert len(made) < 10
+
+
+def test_a_loader_draws_nothing_from_the_numbers_of_the_model() -> None:
+    rows = Rows([1, 2, 3], lambda numbers: {"inputs": numbers}, None)  # type: ignore[arg-type]
+    before = torch.get_rng_state()
+    assert [batch["inputs"] for batch in rows.batches_of([[0, 1], [2]])] == [[1, 2], [3]]
+    assert torch.equal(torch.get_rng_state(), before)
