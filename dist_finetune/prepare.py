@@ -23,6 +23,7 @@ from dist_finetune.data.encode import encode_splits
 from dist_finetune.data.sources import expand, hub_parts
 from dist_finetune.data.tables import Tables, read_tables
 from dist_finetune.errors import UserError
+from dist_finetune.features.bare import without_training
 from dist_finetune.home import expand_home
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.custom_model import custom_tokenizer_location
@@ -36,7 +37,7 @@ from dist_finetune.plan import plan_run
 from dist_finetune.spec import DataSpec, Spec
 from dist_finetune.spec_file import load_spec
 from dist_finetune.tasks.names import outputs_in_words
-from dist_finetune.topology import local_topology
+from dist_finetune.topology import Topology
 
 NETWORK_EVENTS = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -123,7 +124,8 @@ def find_all(spec: Spec) -> list[Item]:
 
 
 def _tokens_item(spec: Spec, tables: Tables, tokenizer: PreTrainedTokenizerBase) -> Item:
-    store = TokenStore(plan_run(spec, local_topology(), tables), tokenizer)
+    # nothing else of the run is planned, since this machine need not be able to do it
+    store = TokenStore(plan_run(without_training(spec, 1), Topology(), tables), tokenizer)
     encoded = encode_splits(store.plan, tables, tokenizer, store.rows)
     num_tokens = sum(int(rows.lengths.sum()) for rows in encoded.values() if rows.lengths is not None)
     files = sorted(cache_root(spec).glob("tokens-*/*.npy"))

@@ -5,6 +5,7 @@ from typing import Any
 
 from dist_finetune.advise.probes import Evidence
 from dist_finetune.data.tables import Tables
+from dist_finetune.features.bare import without_activations
 from dist_finetune.plan import Plan, plan_run
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec
@@ -53,7 +54,7 @@ def merged(spec: Spec, part: dict[str, Any]) -> Spec:
     if part.get("task") == "features":
         whole["features"] = given["features"] | part["features"]  # probes were pooled as the rest of the section says
         whole["data"] = whole["data"] | {"augment": False}
-        whole["cache"] = {"mode": "off"}
+        whole["cache"] = without_activations(spec.cache).model_dump(mode="json")
     elif whole["cache"]["mode"] == "on":  # what is frozen is the advice's to say, and may be nothing
         whole["cache"] = whole["cache"] | {"mode": "auto"}
     return load_spec(whole | {"strategy": None})

@@ -98,6 +98,7 @@ def features(
     fresh: Fresh = False,
 ) -> None:
     """Extract features at several depths and compare softmax and SVM heads on them; no layer is trained."""
+    from dist_finetune.features.bare import without_activations
     from dist_finetune.run_folder import folder_of
 
     arguments = [config, *(overrides or ())]
@@ -105,7 +106,8 @@ def features(
     if spec.task != "features":
         # A config for training can be used as it is: what only training needs is set aside, in a folder of its own.
         name = f"name={json.dumps(f'{spec.name}-features')}"
-        aside = ["freeze=none", "phases=[]", "strategy=null", "data.augment=false", "cache=off"]
+        cache = json.dumps(without_activations(spec.cache).model_dump(mode="json"))
+        aside = ["freeze=none", "phases=[]", "strategy=null", "data.augment=false", f"cache={cache}"]
         arguments += ["task=features", name, *aside]
         spec = load(config, arguments[1:])
     folder = folder_of(spec)

@@ -20,11 +20,23 @@ def refuse_idle_settings(spec: Spec) -> None:
         )
 
 
+def without_activations(cache: CacheSpec) -> CacheSpec:
+    """The cache of a run that keeps no activations. Its place and size stay: tokens of large data lie there too."""
+    return cache.model_copy(update={"mode": "off", "views": None})
+
+
 def without_training(spec: Spec, world_size: int) -> Spec:
     """The spec of the same model and data with nothing about training in it, which a plan would check for no reason.
     Each rank holds the whole model."""
     train = TrainSpec(seed=spec.train.seed, precision=spec.train.precision, global_batch_size=world_size, warmup=0)
     data = spec.data.model_copy(update={"augment": False})
-    bare = {"freeze": FreezeSpec(), "phases": (), "train": train, "data": data, "cache": CacheSpec(mode="off")}
-    # `advise` extracts features too, whatever its config's task is
-    return spec.model_copy(update={**bare, "shard": ShardSpec(strategy="ddp"), "task": "features"})
+    bare = {
+        "freeze": FreezeSpec(),
+        "phases": (),
+        "train": train,
+        "data": data,
+        "cache": without_activations(spec.cache),
+        "shard": ShardSpec(strategy="ddp"),
+        "task": "features",  # also for `advise`, which extracts them whatever its config's task is
+    }
+    return spec.model_copy(update=bare)

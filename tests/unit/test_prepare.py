@@ -9,12 +9,20 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
+from dist_finetune import prepare
+from dist_finetune.advise.costs import merged
+from dist_finetune.cache.tokens import TokenStore
 from dist_finetune.data.sources import hub_parts
+from dist_finetune.data.tables import read_tables
+from dist_finetune.data.text import TextRows
 from dist_finetune.errors import UserError
+from dist_finetune.features.bare import without_training
 from dist_finetune.models.fetch import count_tensors, weight_files
-from dist_finetune.models.sources import describe_model
+from dist_finetune.models.sources import describe_model, load_tokenizer
+from dist_finetune.plan import plan_run
 from dist_finetune.prepare import Item, place_of, remote_names
 from dist_finetune.spec import ModelSpec, Spec
+from dist_finetune.topology import Topology
 
 TINY = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -123,3 +131,28 @@ def test_tensors_of_a_torch_file_are_counted_as_a_run_reads_them(tmp_path: Path)
     pointer.write_text("version https://git-lfs.github.com/spec/v1\n")  # of a clone without git-lfs
     with pytest.raises(UserError, match=r"holds more than tensors, or is damaged.* as \.safetensors$"):
         count_tensors(pointer)
+
+
+def test_tokens_are_prepared_where_the_run_looks_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a training or of a feature run, and whether or not this machine could do what is asked of the run's own."""
+    monkeypatch.setattr("dist_finetune.cache.tokens.STORE_FROM_ROWS", 10)
+    monkeypatch.setattr("dist_finetune.combinations.has_compiler", lambda: False)
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"row {i},{'ab'[i % 2]}\n" for i in range(40)))
+    config = {
+        "model": {"name": "demo:minilm"}, "data": {"train": str(tmp_path / "rows.csv")}, "name": "run",
+        "output": str(tmp_path / "runs"), "cache": {"folder": str(tmp_path / "fast")}, "train": {"compile": True},
+    }  # fmt: skip
+    spec = Spec.model_validate(config)
+    tables = read_tables(spec.data, 0)
+    tokenizer = load_tokenizer(describe_model(spec.model))
+    item = prepare._tokens_item(spec, tables, tokenizer)
+    assert {path.parent.parent for path in item.files} == {tmp_path / "fast"}
+
+    def encode() -> TextRows:
+        raise AssertionError("the tokens are not found")
+
+    on_gpus = Topology(1, 2, "cuda")
+    for plan in (plan_run(spec, on_gpus, tables), plan_run(without_training(spec, 2), on_gpus, tables)):
+        assert len(TokenStore(plan, tokenizer).rows("train", tables.train, encode)) == len(tables.train)
+    merged_spec = merged(spec, {"task": "features", "features": {}})
+    assert (merged_spec.cache.mode, merged_spec.cache.folder) == ("off", str(tmp_path / "fast"))
