@@ -8,6 +8,7 @@ touches it any more, exactly one makes n + 1. Once the entry is there, the files
 import contextlib
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -21,6 +22,8 @@ BEAT_S = 5.0
 STALE_S = 60.0
 """A job that has not touched its file for so long, by the clock of who looks at it, is taken for gone."""
 GIVEN_UP = "given up"
+BOOT_ID, PID_NAMESPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+_NOWHERE = secrets.token_hex(8)
 
 
 class LostTurn(DistFinetuneError):
@@ -117,9 +120,13 @@ def _latest(turn: Path) -> Path | None:
 
 
 def _host() -> str:
-    """This machine since it was started, or the container: where process numbers mean the same."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
+    """This machine since it was started, or the container: where process numbers mean the same. A place of its own for
+    a process whose sandbox hides that."""
+    try:
+        place = f"{BOOT_ID.read_text(encoding='utf-8').strip()} {PID_NAMESPACE.readlink()}"
+    except OSError:
+        place = _NOWHERE
+    return f"{socket.gethostname()} {place}"
 
 
 def _started(pid: int) -> str | None:

@@ -139,9 +139,15 @@ def test_a_run_that_another_job_began_meanwhile_is_not_begun_again(spec: Spec, t
             start_run_folder(spec, False, 0, True, mine)
 
 
-def test_a_sandbox_without_a_boot_id_trains_without_a_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hold_module, "BOOT_ID", tmp_path / "hidden")
+def test_a_sandbox_that_hides_the_machine_goes_by_touches_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process numbers of two of them mean nothing to each other: the first holds as long as it touches its file."""
+    monkeypatch.setattr(turns, "BOOT_ID", tmp_path / "hidden")
     with Hold(tmp_path) as hold:
-        assert not hold.take()
+        assert hold.take()
+        monkeypatch.setattr(turns, "_NOWHERE", "another sandbox")
+        with pytest.raises(UserError, match="is being written by another job"):
+            Hold(tmp_path).take(patience_s=0.1)
         hold.require()
-    assert hidden(tmp_path) == []
+    assert Hold(tmp_path).take()
