@@ -13,17 +13,17 @@ from dist_finetune.hold import Hold
 from dist_finetune.job import Job
 from dist_finetune.launchers.brought import refuse_launcher_settings
 from dist_finetune.models.sources import load_tokenizer
-from dist_finetune.no_memory import lack_of_memory_told, needs_less
+from dist_finetune.no_memory import needs_less
 from dist_finetune.plan import Plan, plan_run, with_micro_batch
 from dist_finetune.plan_text import plan_lines, plan_notes, room_notes
 from dist_finetune.proof import verify_frozen
 from dist_finetune.report import Reporter, require_trackers
-from dist_finetune.run_folder import Changes, enter_run_folder, folder_of, start_run_folder
+from dist_finetune.run_folder import Changes, folder_of, start_run_folder
 from dist_finetune.signals import StopSignals
 from dist_finetune.spec import Spec
 from dist_finetune.stage import load_base, next_stage, open_stage
 from dist_finetune.stopping import StopWish, stop_if_told
-from dist_finetune.summary import Summary, end_early, load_summary, write_end, write_freeze, write_start
+from dist_finetune.summary import Summary, in_run_folder, load_summary, write_end, write_freeze, write_start
 from dist_finetune.topology import job_topology
 from dist_finetune.training import fit
 from dist_finetune.trial import tried_micro_batch
@@ -39,18 +39,12 @@ def train(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary
     """
     started_s = time.perf_counter()
     with StopSignals() as signals, join_world(spec.launch) as world:
-        report, found = Reporter(world.is_first), None
-        with Hold(folder_of(spec), report.say) as hold:
-            try:
-                found = on_first(world, lambda: enter_run_folder(spec, fresh, changes, hold))
-                if found == "finished":
-                    report.say(f"{folder_of(spec)} is finished; `run` with --fresh trains it again")
-                    return load_summary(folder_of(spec))
-                with lack_of_memory_told(world, needs_less(folder_of(spec))):
-                    return _train(spec, fresh, world, report, signals, hold, started_s)
-            except Exception as error:
-                end_early(folder_of(spec), found, error, world, report, hold)
-                raise
+        folder, report = folder_of(spec), Reporter(world.is_first)
+        with in_run_folder(spec, fresh, changes, world, report, needs_less(folder)) as (found, hold):
+            if found == "finished":
+                report.say(f"{folder} is finished; `run` with --fresh trains it again")
+                return load_summary(folder)
+            return _train(spec, fresh, world, report, signals, hold, started_s)
 
 
 def _train(

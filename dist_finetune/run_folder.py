@@ -21,6 +21,7 @@ from dist_finetune.spec import Spec
 from dist_finetune.spec_file import resolved_yaml
 
 Changes = Literal["none", "layout", "allow"]
+RunState = Literal["new", "unfinished", "finished"]
 LAYOUT_KEYS = (
     "shard.", "launch.", "track.", "checkpoint.", "output", "name", "data.num_workers", "cache.folder", "cache.quota",
     "train.micro_batch_size", "train.eval_batch_size", "train.gradient_checkpointing", "train.log_every",
@@ -66,7 +67,7 @@ def resume_command(folder: Path) -> str:
     return f"dist-finetune resume {shlex.quote(str(folder))}"
 
 
-def check_run_folder(spec: Spec, fresh: bool, changes: Changes) -> Literal["new", "unfinished", "finished"]:
+def check_run_folder(spec: Spec, fresh: bool, changes: Changes) -> RunState:
     """What the run's folder holds already. Writes nothing.
 
     Raises UserError where it holds a run of another config (beyond what `changes` lets differ), with the difference and
@@ -89,7 +90,7 @@ def check_run_folder(spec: Spec, fresh: bool, changes: Changes) -> Literal["new"
     return "finished" if read_summary(folder).get("status") == "finished" and not longer else "unfinished"
 
 
-def enter_run_folder(spec: Spec, fresh: bool, changes: Changes, hold: Hold) -> Literal["new", "unfinished", "finished"]:
+def enter_run_folder(spec: Spec, fresh: bool, changes: Changes, hold: Hold) -> RunState:
     """As `check_run_folder`, of a folder that no other job writes from here on, where it is there and not finished."""
     found = check_run_folder(spec, fresh, changes)
     if found == "finished" or not folder_of(spec).exists():

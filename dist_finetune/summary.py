@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +13,26 @@ from dist_finetune.evaluate import Evaluation
 from dist_finetune.hold import Hold
 from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.models.card import Provenance
+from dist_finetune.no_memory import lack_of_memory_told
 from dist_finetune.peak_memory import peak_memory_gib
 from dist_finetune.report import Reporter
-from dist_finetune.run_folder import ATTEMPTS, environment, json_text, number, read_summary, write_json, write_text
+from dist_finetune.run_folder import (
+    ATTEMPTS,
+    Changes,
+    RunState,
+    enter_run_folder,
+    environment,
+    folder_of,
+    json_text,
+    number,
+    read_summary,
+    write_json,
+    write_text,
+)
+from dist_finetune.spec import Spec
 from dist_finetune.stopping import Stopped
 from dist_finetune.verdict import tell_job_script, why_again
-from dist_finetune.world import World, gather_objects, wait_for_first
+from dist_finetune.world import World, gather_objects, on_first, wait_for_first
 
 
 @dataclass(frozen=True)
@@ -156,17 +170,31 @@ def write_end(folder: Path | None, error: Exception, world: World) -> None:
             write_json(folder / "summary.json", told)
 
 
-def end_early(folder: Path, found: str | None, error: Exception, world: World, report: Reporter, hold: Hold) -> None:
-    """Marks a run that `error` ends, and closes its files and trackers. `found` is what `check_run_folder` said, None
-    where it refused. Told to stop, which every rank is at once, all wait for the first one: most launchers end a job,
-    and a tracker that is still closing, with its first process."""
-    # before it has started, what the folder holds is another run's, or one that --fresh will put aside
-    is_ours = (found == "unfinished" or report.has_files) and not hold.is_lost
-    write_end(folder if is_ours else None, error, world)
-    report.finish({}, exit_code=1)
-    hold.release()
-    if isinstance(error, Stopped):
-        wait_for_first()
+@contextlib.contextmanager
+def in_run_folder(
+    spec: Spec, fresh: bool, changes: Changes, world: World, report: Reporter, memory_todo: str
+) -> Iterator[tuple[RunState, Hold]]:
+    """Around a run, with how its folder was found: no other job writes there meanwhile, and what ends the run early is
+    marked there and told to its trackers. Collective.
+
+    Told to stop, which every rank is at once, all wait for the first one: most launchers end a job, and a tracker that
+    is still closing, with its first process. Raises what `enter_run_folder` does.
+    """
+    folder, found = folder_of(spec), None
+    with Hold(folder, report.say) as hold:
+        try:
+            found = on_first(world, lambda: enter_run_folder(spec, fresh, changes, hold))
+            with lack_of_memory_told(world, memory_todo):
+                yield found, hold
+        except Exception as error:
+            # before it has started, what the folder holds is another run's, or one that --fresh will put aside
+            is_ours = (found == "unfinished" or report.has_files) and not hold.is_lost
+            write_end(folder if is_ours else None, error, world)
+            report.finish({}, exit_code=1)
+            hold.release()
+            if isinstance(error, Stopped):
+                wait_for_first()
+            raise
 
 
 def load_summary(folder: Path) -> Summary:

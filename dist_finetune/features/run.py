@@ -27,14 +27,14 @@ from dist_finetune.features.results import HeadResult, head_result, render_resul
 from dist_finetune.features.room import available_bytes, fits
 from dist_finetune.hold import Hold
 from dist_finetune.html_report.at_end import write_page
-from dist_finetune.no_memory import FEWER_ROWS, lack_of_memory_told
+from dist_finetune.no_memory import FEWER_ROWS
 from dist_finetune.report import Reporter, require_trackers
-from dist_finetune.run_folder import Changes, enter_run_folder, folder_of, resume_command, start_run_folder, write_json
+from dist_finetune.run_folder import Changes, folder_of, resume_command, start_run_folder, write_json
 from dist_finetune.signals import StopSignals
 from dist_finetune.spec import Spec
 from dist_finetune.spec_features import HeadKind
 from dist_finetune.stopping import Interrupted, Stopped, StopWish
-from dist_finetune.summary import end_early
+from dist_finetune.summary import in_run_folder
 from dist_finetune.world import World, gather_objects, join_world, on_first, together
 
 
@@ -47,18 +47,12 @@ def compare_heads(spec: Spec, fresh: bool = False, changes: Changes = "none") ->
     started_s = time.perf_counter()
     refuse_idle_settings(spec)
     with join_world(spec.launch) as world:
-        report, folder, found = Reporter(world.is_first), folder_of(spec), None
-        with Hold(folder, report.say) as hold:
-            try:
-                found = on_first(world, lambda: enter_run_folder(spec, fresh, changes, hold))
-                if found == "finished":
-                    report.say(f"{folder} is finished; --fresh runs it again")
-                    return load_feature_summary(folder)
-                with lack_of_memory_told(world, FEWER_ROWS):
-                    return _run(spec, fresh, world, report, hold, started_s)
-            except Exception as error:
-                end_early(folder, found, error, world, report, hold)
-                raise
+        folder, report = folder_of(spec), Reporter(world.is_first)
+        with in_run_folder(spec, fresh, changes, world, report, FEWER_ROWS) as (found, hold):
+            if found == "finished":
+                report.say(f"{folder} is finished; --fresh runs it again")
+                return load_feature_summary(folder)
+            return _run(spec, fresh, world, report, hold, started_s)
 
 
 def _run(spec: Spec, fresh: bool, world: World, report: Reporter, hold: Hold, started_s: float) -> FeatureSummary:
