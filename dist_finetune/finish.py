@@ -3,7 +3,7 @@
 import time
 
 from dist_finetune.checkpoint.saver import Saver
-from dist_finetune.evaluate import Evaluation, evaluate
+from dist_finetune.evaluate import Evaluation, all_finite, evaluate
 from dist_finetune.html_report.at_end import write_page
 from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.memory.held import planned_and_actual
@@ -50,6 +50,12 @@ def finish_run(
         stop.settle()
         raise stopped(interruption, job, progress, saver) from None
     stop.settle()
+    for split, result in final.items():
+        if not all_finite([result.metrics["loss"]]):  # after the last step no training loss would show it
+            job.report.say(
+                f"WARNING {split} loss of the model that is kept is {result.metrics['loss']}: its last steps spoilt "
+                "the weights (a lower train.lr helps), or a row holds what is no number"
+            )
     verified = save_model(job, stage, final)
     total_s = time.perf_counter() - started_s
     plan = job.plan

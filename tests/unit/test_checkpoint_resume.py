@@ -232,6 +232,18 @@ def test_a_run_whose_patience_was_over_is_not_trained_on(finished: Any, tmp_path
     assert resumed.metrics == whole.metrics
 
 
+def test_a_last_step_that_spoils_the_weights_is_told(
+    finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No training loss comes after it."""
+    _, _, config = finished
+    train_ = {"lr": 1e30, "global_batch_size": 1000, "epochs": 1, "warmup": 0}
+    path = write_config(tmp_path / "job.yaml", {**config, "train": train_}, name="job", output=str(tmp_path))
+    done = train(load_spec(str(path)))
+    assert done.steps == 1
+    assert "WARNING validation loss of the model that is kept is nan" in capsys.readouterr().out
+
+
 def test_patience_ends_a_phase_and_the_next_one_has_its_own(finished: Any, tmp_path: Path) -> None:
     _, _, config = finished
     phases = [
