@@ -50,10 +50,10 @@ def finish_run(
         stop.settle()
         raise stopped(interruption, job, progress, saver) from None
     stop.settle()
-    for split, result in final.items():
+    for name, result in final.items():
         if not all_finite([result.metrics["loss"]]):  # after the last step no training loss would show it
             job.report.say(
-                f"WARNING {split} loss of the model that is kept is {result.metrics['loss']}: its last steps spoilt "
+                f"WARNING {name} loss of the model that is kept is {result.metrics['loss']}: its last steps spoilt "
                 "the weights (a lower train.lr helps), or a row holds what is no number"
             )
     verified = save_model(job, stage, final)

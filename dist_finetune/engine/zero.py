@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional
 
 from dist_finetune.engine.base import MOMENTS, Fragment, Held, Inputs, adam_state, collect
 from dist_finetune.engine.precision import LossScale
@@ -111,18 +112,21 @@ class ZeroEngine:
     def close(self) -> None:
         self._engine.destroy()
         if self._stage == 3:
-            self._forget_module()
+            self._undo_what_outlives_it()
         self.module = nn.Module()
         self._engine = self._zero = self._accelerator = None
         collect()
 
-    def _forget_module(self) -> None:
+    def _undo_what_outlives_it(self) -> None:
         """Stage 3 puts the model on a list of the whole process and leaves it there: a phase's weights would stay in
-        memory through all later ones."""
+        memory through all later ones. And its own version of `linear` would serve every later model in torch's place.
+        """
         from deepspeed.runtime.zero import parameter_offload
+        from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Changed
 
         stack = parameter_offload.FWD_MODULE_STACK
         stack[:] = [module for module in stack if module is not self.module]
+        functional.linear = getattr(Changed, "linear_bk", functional.linear)
 
     def _groups(self) -> list[list[Any]]:
         groups: list[list[Any]] = self._zero.fp16_groups if self._stage == 3 else self._zero.round_robin_bit16_groups

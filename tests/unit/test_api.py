@@ -58,12 +58,13 @@ def test_what_a_notebook_starts_after_a_run_is_no_rank_of_it(monkeypatch: pytest
 
 def test_runs_follow_each_other_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a notebook. Each makes a process group and closes it, of which engines keep copies: of this run's, which
-    wait as long as it says, and not of the one before."""
+    wait as long as it says, and not of the one before. None leaves torch other than it was."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     material = write_material(tmp_path)
     train = {"global_batch_size": 32, "max_steps": 2}
     more = {"cache": "off", "launch": {"timeout": "2 h"}, "track": {"wandb": "off"}}
     waits: list[tuple[str, timedelta]] = []
+    linear = torch.nn.functional.linear
     check = build._check_held
 
     def look(engine: Any, strategy: str, *rest: Any) -> None:
@@ -76,4 +77,5 @@ def test_runs_follow_each_other_in_one_process(tmp_path: Path, monkeypatch: pyte
         config = material.text(train=train, shard={"strategy": strategy}, **more)
         spec = load_spec({**config, "name": f"run-{number}", "output": str(tmp_path / "runs")})
         assert run.train(spec).status == "finished"
+        assert torch.nn.functional.linear is linear
     assert waits == [("zero3", timedelta(hours=2)), ("fsdp", timedelta(hours=2))] * 2

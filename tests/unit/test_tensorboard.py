@@ -57,7 +57,7 @@ def test_a_full_disk_ends_the_curves_and_nothing_else(
         report.open_trackers(spec, tmp_path, {}, 0)
         with files_up_to(1 << 16):
             for step in range(4000):
-                report.log(step, {"eval/loss": 0.5})
+                report.log(step, {"mem/peak_gib": 0.5})
     assert caplog.text.count("TensorBoard: ") == 1
     assert "File too large; its curves end here, training goes on" in caplog.text
-    assert len(curve(tmp_path, "eval/loss")) > 10
+    assert len(curve(tmp_path, "mem/peak_gib")) > 10
