@@ -26,7 +26,8 @@ def finish_run(
 ) -> Summary:
     """Exports the last model (or the best, where `checkpoint.best` asks for it) and writes the summary. Collective.
 
-    Raises Stopped where told to stop while it evaluates; an export that has begun is finished.
+    Raises Stopped where told to stop while it evaluates; an export that has begun is finished. Raises LostHold where
+    the folder is another job's by now.
     """
     saver.settled()
     job.report.stop_progress()
@@ -56,6 +57,7 @@ def finish_run(
                 f"WARNING {name} loss of the model that is kept is {result.metrics['loss']}: its last steps spoilt "
                 "the weights (a lower train.lr helps), or a row holds what is no number"
             )
+    saver.require_hold()
     verified = save_model(job, stage, final)
     total_s = time.perf_counter() - started_s
     plan = job.plan

@@ -19,6 +19,10 @@ LOOK_EVERY_S = 1.0
 PATIENCE_S = STALE_S + 2 * BEAT_S  # to see that a job of another machine is gone; one that stops may be saving
 
 
+class LostHold(TrainingError):
+    """This job stood still for so long that another one goes on with the run: its folder is that one's."""
+
+
 class Hold:
     """The right to write a run's folder: this job's from `take` until `release`, or the end of the process."""
 
@@ -55,9 +59,9 @@ class Hold:
         return self._turn is not None and self._turn.is_lost and bool(self._files())
 
     def require(self) -> None:
-        """Raises TrainingError where the hold is lost: nothing more may be written."""
+        """Raises LostHold where the hold is lost: nothing more may be written."""
         if self.is_lost:
-            raise TrainingError(
+            raise LostHold(
                 f"{self._folder}: this process stood still for more than {STALE_S:.0f} s, and another job, "
                 f"{self._holder()}, has gone on with the run since. Nothing of this one is saved any more"
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dist_finetune.evaluate import Evaluation
-from dist_finetune.hold import Hold
+from dist_finetune.hold import Hold, LostHold
 from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.models.card import Provenance
 from dist_finetune.no_memory import lack_of_memory_told
@@ -188,7 +188,8 @@ def in_run_folder(
                 yield found, hold
         except Exception as error:
             # before it has started, what the folder holds is another run's, or one that --fresh will put aside
-            is_ours = (found == "unfinished" or report.has_files) and not hold.is_lost
+            is_lost = hold.is_lost or isinstance(error, LostHold)  # the first rank looks, the others are told
+            is_ours = (found == "unfinished" or report.has_files) and not is_lost
             write_end(folder if is_ours else None, error, world)
             report.finish({}, exit_code=1)
             hold.release()

@@ -51,8 +51,8 @@ class Saver:
 
     def save(self, stage: Stage, progress: Progress, best: bool = False) -> None:
         """Saves the run as it is after `progress.step`, unless that step is saved already. `best` keeps it for good.
-        Raises TrainingError where the folder is another job's by now."""
-        on_first(self._job.world, self._hold.require)
+        Raises LostHold where the folder is another job's by now."""
+        self.require_hold()
         if self._saved_step == progress.step:
             if best:
                 self._writer.protect(progress.step)
@@ -63,6 +63,10 @@ class Saver:
         tensors = snapshot(stage.engine, self._job.world, self._whole(stage))
         self._writer.save(progress.step, tensors, self._state(stage.engine, progress), best)
         self.pauses_s.append(time.perf_counter() - started_s)
+
+    def require_hold(self) -> None:
+        """Raises LostHold where the run's folder is another job's by now: nothing more may be written there."""
+        on_first(self._job.world, self._hold.require)
 
     def settled(self) -> Checkpoint:
         """The checkpoint that was saved last, once it is complete. Raises TrainingError where saving failed."""

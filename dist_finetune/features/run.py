@@ -73,6 +73,7 @@ def _run(spec: Spec, fresh: bool, world: World, report: Reporter, hold: Hold, st
     found = fit_heads(job, kinds)
     results = tuple(result for _, result in found)
     best = best_of(found)[1]
+    on_first(world, hold.require)
     on_first(world, lambda: write_heads(job, found, best))
     kept = keep_models(job, found)
     summary = FeatureSummary(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,11 @@ from dist_finetune.checkpoint.read import damage, newest_complete, open_checkpoi
 from dist_finetune.checkpoint.verify import verify_path
 from dist_finetune.checkpoint.write import CheckpointWriter, snapshot_share
 from dist_finetune.errors import TrainingError, UserError
+from dist_finetune.hold import LostHold
+from dist_finetune.report import Reporter
 from dist_finetune.spec import LaunchSpec
-from dist_finetune.summary import write_end
+from dist_finetune.spec_file import load_spec
+from dist_finetune.summary import in_run_folder, write_end
 from dist_finetune.world import World, join_world
 
 REPOSITORY = Path(__file__).parents[2]
@@ -363,3 +367,24 @@ def test_a_full_disk_does_not_hide_what_ended_a_run(tmp_path: Path, world: World
     (tmp_path / f".summary.json.{os.getpid()}").mkdir()  # so that writing fails
     write_end(tmp_path, TrainingError("checkpoint not saved: no space"), world)
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_no_rank_marks_a_run_that_another_job_has_taken_over(tmp_path: Path, world: World) -> None:
+    """The first rank finds out and tells the others, which see no hold of their own."""
+    spec = load_spec(
+        {"model": {"name": "demo:minilm"}, "data": {"train": "x.csv"}, "output": str(tmp_path), "name": "a"}
+    )
+    run, second = tmp_path / "a", replace(world, rank=1, world_size=2)
+
+    def fail(error: TrainingError) -> None:
+        report = Reporter(is_first=False)
+        with in_run_folder(spec, False, "none", second, report, ""):
+            run.mkdir(exist_ok=True)
+            (run / "plan.json").write_text("{}")
+            report.open_files(run)
+            raise error
+
+    for error, marked in ((LostHold("another job"), False), (TrainingError("its own fault"), True)):
+        with pytest.raises(TrainingError, match=str(error)):
+            fail(error)
+        assert (run / "summary.json").exists() is marked

@@ -13,9 +13,12 @@ from material import Material, write_material
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from dist_finetune import finish
 from dist_finetune.checkpoint.layout import checkpoint_folders
 from dist_finetune.cli import app
 from dist_finetune.errors import UserError
+from dist_finetune.evaluate import Evaluation, evaluate
+from dist_finetune.hold import LostHold
 from dist_finetune.run import train
 from dist_finetune.run_folder import check_run_folder, write_text
 from dist_finetune.spec_file import load_spec
@@ -124,6 +127,25 @@ def test_a_run_goes_on_with_less_memory_and_another_disk(again: tuple[Path, Trai
     assert start("layout", **less).steps == 8
     a, b = (load_file(folder / "model" / "model.safetensors") for folder in (run, finished[1]))
     assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_a_run_that_another_job_has_taken_over_exports_nothing(
+    again: tuple[Path, Train], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that is found out after the last checkpoint."""
+    run, start = again
+    shutil.rmtree(run / "model")
+
+    def take_over(*arguments: Any) -> Evaluation:
+        (run / ".writer.turn-1").write_text(json.dumps({"host": "node9 boot pid", "pid": 7, "started": "1"}))
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(finish, "evaluate", take_over)
+    with pytest.raises(LostHold, match="another job, process 7 on node9, has gone on with the run"):
+        start()
+    assert not (run / "model").exists()
+    assert not (run / "summary.json").exists()
+    assert (run / ".writer.turn-1").exists()
 
 
 def test_other_rows_are_refused(again: tuple[Path, Train]) -> None:
