@@ -38,7 +38,7 @@ from dist_finetune.cache.worth import SAVED_S, SLOW_DISK, Worth, disk_speed, set
 from dist_finetune.data.loading import Rows
 from dist_finetune.data.text import TextRows
 from dist_finetune.engine.base import Inputs
-from dist_finetune.engine.precision import bf16_of
+from dist_finetune.engine.precision import autocast_of, bf16_of
 from dist_finetune.evaluate import to_device
 from dist_finetune.freeze import train_mode
 from dist_finetune.job import Job
@@ -101,7 +101,8 @@ def _cut_on_device(job: Job, phase: PhasePlan, model: nn.Module, batch: dict[str
     try:
         model.to(job.world.device)
         train_mode(model, phase.manifest)
-        return find_cut(model, to_device(batch["inputs"], job.world.device))
+        with autocast_of(job.plan)():
+            return find_cut(model, to_device(batch["inputs"], job.world.device))
     except torch.OutOfMemoryError:
         model.to("cpu")
         raise NoCut("the whole model, which fills it, finds no room on a GPU") from None

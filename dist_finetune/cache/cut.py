@@ -19,6 +19,7 @@ from torch import nn
 
 from dist_finetune.engine.base import Inputs
 from dist_finetune.errors import DistFinetuneError
+from dist_finetune.models.dropout import layer_drops
 from dist_finetune.models.sources import forward_logits
 
 ACTIVATION = "activation"  # key of the stored activation among the inputs of a text batch
@@ -96,7 +97,8 @@ class _Call:
 
 
 def find_cut(model: nn.Module, inputs: Inputs) -> Cut:
-    """The cut of a frozen model in training mode (its frozen modules held in eval), traced with a small batch.
+    """The cut of a frozen model in training mode (its frozen modules held in eval), traced with a small batch, in the
+    precision that it trains in: a cast that changes nothing leaves no trace.
 
     Raises NoCut where nothing frozen lies below the first trainable module, or no module there returns one tensor.
     """
@@ -124,7 +126,8 @@ def find_cut(model: nn.Module, inputs: Inputs) -> Cut:
     gone = (*(stand_in.path for stand_in in before), at.module)
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     dropped = tuple(name for name in names if any(_within(name, path) for path in gone))
-    return Cut(_stand_in(at), before, dropped, chain=_chain(calls, at, logits))
+    leaves_out = any(modules[path].training for path, _, _ in layer_drops(model))  # other modules at each step
+    return Cut(_stand_in(at), before, dropped, chain=() if leaves_out else _chain(calls, at, logits))
 
 
 def run_prefix(model: nn.Module, cut: Cut, inputs: Inputs) -> torch.Tensor:
@@ -308,7 +311,8 @@ def _trace(model: nn.Module, inputs: Inputs) -> tuple[list[_Call], _Value | None
 
 
 def _value(thing: Any) -> _Value | None:
-    return _Value(thing, thing._version) if isinstance(thing, torch.Tensor) else None
+    """None also for a tensor of `torch.inference_mode`, which counts no versions."""
+    return _Value(thing, thing._version) if isinstance(thing, torch.Tensor) and not thing.is_inference() else None
 
 
 def _first_use(parameter: str, starts: Mapping[str, int]) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from dist_finetune.cache.build import _cut_on_device
 from dist_finetune.cache.cut import ACTIVATION, NoCut, find_cut, make_tail, reads_first_only, run_prefix
 from dist_finetune.freeze import Manifest, apply_freeze, compile_freeze, train_mode
 from dist_finetune.models.sources import build_model, describe_model, forward_logits
@@ -167,9 +168,15 @@ class Between(nn.Module):
         self.what, self.stem = what, nn.Linear(4, 4).requires_grad_(False).eval()
         self.middle, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
         self.beside = nn.Linear(4, 2) if what == "beside" else nn.Identity()
+        self.layerdrop = 0.01 if what == "left out" else 0.0
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        x = self.middle(self.stem(image))
+        with torch.inference_mode(self.what == "inference mode"):
+            x = self.stem(image)
+        if self.what == "inference mode":
+            x = x.clone()
+        if not (self.training and torch.rand(()) < self.layerdrop):
+            x = self.middle(x)
         if self.what == "in place":
             x.mul_(2)
         logits = self.head(x)
@@ -180,7 +187,7 @@ class Between(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("what", ["nothing", "in place", "beside", "after"])
+@pytest.mark.parametrize("what", ["nothing", "in place", "beside", "after", "inference mode"])
 def test_what_a_model_does_between_its_modules_makes_no_chain(what: str) -> None:
     torch.manual_seed(0)
     model = Between(what)
@@ -191,6 +198,33 @@ def test_what_a_model_does_between_its_modules_makes_no_chain(what: str) -> None
     whole, activation = forward_logits(model, inputs), run_prefix(model, cut, inputs).clone()
     make_tail(model, cut)
     torch.testing.assert_close(forward_logits(model, activation), whole, rtol=0, atol=1e-6)
+
+
+def test_a_model_that_leaves_out_modules_at_random_makes_no_chain() -> None:
+    """Though all of them were there when it was traced."""
+    torch.manual_seed(0)
+    model, inputs = Between("left out"), torch.randn(3, 4)
+    assert find_cut(model, inputs).chain == ()
+    model.training = False  # the root alone, as where it is held in eval mode
+    assert find_cut(model, inputs).chain == ("middle", "head")
+
+
+@pytest.mark.parametrize(("precision", "chain"), [("fp32", ("middle", "tanh", "head")), ("bf16", ())])
+def test_a_cast_between_modules_makes_no_chain_where_it_casts(precision: str, chain: tuple[str, ...]) -> None:
+    class Cast(Between):
+        def __init__(self) -> None:
+            super().__init__("nothing")
+            self.tanh = nn.Tanh()
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return self.head(self.tanh(self.middle(self.stem(image)).float()))
+
+    plan = SimpleNamespace(precision=precision, topology=SimpleNamespace(device="cpu"), is_larger_than_device=False)
+    job, manifest = SimpleNamespace(plan=plan, world=SimpleNamespace(device="cpu")), SimpleNamespace(mode="eval")
+    manifest.held_modules = ["stem"]
+    batch = {"inputs": torch.randn(3, 4)}
+    cut = _cut_on_device(job, SimpleNamespace(manifest=manifest), Cast(), batch)  # type: ignore[arg-type]
+    assert cut.chain == chain
 
 
 @pytest.mark.parametrize("layers", ["0-3", "all"])
