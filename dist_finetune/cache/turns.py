@@ -83,7 +83,7 @@ class Queue:
         except FileExistsError:  # another job was faster
             return None
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump({"host": _host(), "pid": os.getpid(), "started": _started(os.getpid())}, file)
+            json.dump({"host": this_host(), "pid": os.getpid(), "started": _started(os.getpid())}, file)
         return Turn(path)
 
     def _is_at_work(self, turn: Path) -> bool:
@@ -104,7 +104,7 @@ class Queue:
             told = json.loads(text)
         except ValueError:  # not written yet
             return True
-        return bool(told["host"] != _host() or _started(told["pid"]) == told["started"])
+        return bool(told["host"] != this_host() or _started(told["pid"]) == told["started"])
 
 
 def _number(turn: Path) -> int:
@@ -119,7 +119,7 @@ def _latest(turn: Path) -> Path | None:
     return max(_all(turn), key=_number, default=None)
 
 
-def _host() -> str:
+def this_host() -> str:
     """This machine since it was started, or the container: where process numbers mean the same. A place of its own for
     a process whose sandbox hides that."""
     try:

@@ -3,11 +3,11 @@
 Every machine reads every file, as each may have a copy of its own; that all copies are the same is seen by the digests.
 """
 
-import socket
 from typing import Any
 
 import torch.distributed as dist
 
+from dist_finetune.cache.turns import this_host
 from dist_finetune.data.checks import ImageCheck
 from dist_finetune.data.tables import OpenTables, Tables, checked_tables, open_tables
 from dist_finetune.spec import DataSpec
@@ -31,7 +31,7 @@ def read_tables_together(spec: DataSpec, seed: int, task: TaskName | None, world
 
 def _checks(opened: OpenTables, world: World) -> Checks:
     """Those of all images, of which this rank makes its share."""
-    hosts = gather_objects(socket.gethostname())
+    hosts = gather_objects(this_host())  # containers of one host name may each have files of their own
     machines = [[rank for rank, host in enumerate(hosts) if host == name] for name in dict.fromkeys(hosts)]
     mine = next(ranks for ranks in machines if world.rank in ranks)
     number, decode = mine.index(world.rank), 0 in mine

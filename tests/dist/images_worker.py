@@ -1,13 +1,13 @@
 """One rank that reads image data: images_worker.py CONFIG OUT RANKS_A_MACHINE. Writes OUT.RANK: the fingerprint, or the
-error, and how many files it read and decoded. Ranks take themselves for ranks of several machines."""
+error, and how many files it read and decoded. Ranks take themselves for those of containers of one host name."""
 
 import json
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 from dist_finetune.advise import run as advise_run
+from dist_finetune.cache import turns
 from dist_finetune.data import checks
 from dist_finetune.data.together import read_tables_together
 from dist_finetune.errors import DistFinetuneError
@@ -30,7 +30,8 @@ def main() -> None:
     spec, out = load_spec(sys.argv[1]), Path(sys.argv[2])
     found: dict[str, Any] = {"errors": []}
     with join_world(spec.launch) as world:
-        socket.gethostname = lambda: f"node{world.rank // int(sys.argv[3])}"
+        turns.PID_NAMESPACE = out.with_name(f"namespace.{world.rank}")
+        turns.PID_NAMESPACE.symlink_to(f"container{world.rank // int(sys.argv[3])}")
         checks._check_image = check_and_count
         for read in (
             lambda: read_tables_together(spec.data, 0, None, world),
