@@ -192,7 +192,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes through a temporary file and a rename, so that no reader and no crash meets half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # processes of several containers have the same numbers
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from dist_finetune.checkpoint.write import CheckpointWriter, snapshot_share
 from dist_finetune.errors import TrainingError, UserError
 from dist_finetune.hold import LostHold
 from dist_finetune.report import Reporter
+from dist_finetune.run_folder import write_text
 from dist_finetune.spec import LaunchSpec
 from dist_finetune.spec_file import load_spec
 from dist_finetune.summary import in_run_folder, write_end
@@ -364,9 +366,26 @@ def test_pieces_of_any_cut_make_one_tensor(tmp_path: Path) -> None:
 
 def test_a_full_disk_does_not_hide_what_ended_a_run(tmp_path: Path, world: World) -> None:
     (tmp_path / "plan.json").write_text("{}")
-    (tmp_path / f".summary.json.{os.getpid()}").mkdir()  # so that writing fails
+    (tmp_path / f".summary.json.{socket.gethostname()}.{os.getpid()}").mkdir()  # so that writing fails
     write_end(tmp_path, TrainingError("checkpoint not saved: no space"), world)
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_ranks_of_two_containers_write_a_summary_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both may be process 7, each in its own."""
+    path, to_disk = tmp_path / "summary.json", os.fsync
+    monkeypatch.setattr(socket, "gethostname", lambda: "node0")
+
+    def write_on_node1(descriptor: int) -> None:
+        to_disk(descriptor)
+        if socket.gethostname() == "node0":
+            monkeypatch.setattr(socket, "gethostname", lambda: "node1")
+            write_text(path, "of node 1, which is longer")
+
+    monkeypatch.setattr(os, "fsync", write_on_node1)
+    write_text(path, "of node 0")
+    assert path.read_text() == "of node 0"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_no_rank_marks_a_run_that_another_job_has_taken_over(tmp_path: Path, world: World) -> None:
