@@ -26,8 +26,11 @@ class LostHold(TrainingError):
 class Hold:
     """The right to write a run's folder: this job's from `take` until `release`, or the end of the process."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = lambda _: None) -> None:
-        self._folder, self._say = folder, say
+    def __init__(
+        self, folder: Path, say: Callable[[str], None] = lambda _: None, between: Callable[[], None] = lambda: None
+    ) -> None:
+        """`between` is called while it waits for another job, and may raise to end that."""
+        self._folder, self._say, self._between = folder, say, between
         self._turn: Turn | None = None
 
     def take(self, patience_s: float = PATIENCE_S) -> bool:
@@ -51,6 +54,7 @@ class Hold:
             if not is_told:
                 is_told = True
                 self._say(f"{self._folder} is held by {self._holder()}: waiting up to {patience_s:.0f} s for its end")
+            self._between()
             time.sleep(min(LOOK_EVERY_S, patience_s / 4))
 
     @property

@@ -22,7 +22,7 @@ from dist_finetune.run_folder import Changes, folder_of, start_run_folder
 from dist_finetune.signals import StopSignals
 from dist_finetune.spec import Spec
 from dist_finetune.stage import load_base, next_stage, open_stage
-from dist_finetune.stopping import StopWish, stop_if_told
+from dist_finetune.stopping import StopWish, refuse_if_told, stop_if_told
 from dist_finetune.summary import Summary, in_run_folder, load_summary, write_end, write_freeze, write_start
 from dist_finetune.topology import job_topology
 from dist_finetune.training import fit
@@ -40,7 +40,8 @@ def train(spec: Spec, fresh: bool = False, changes: Changes = "none") -> Summary
     started_s = time.perf_counter()
     with StopSignals() as signals, join_world(spec.launch) as world:
         folder, report = folder_of(spec), Reporter(world.is_first)
-        with in_run_folder(spec, fresh, changes, world, report, needs_less(folder)) as (found, hold):
+        todo, between = needs_less(folder), partial(refuse_if_told, signals)
+        with in_run_folder(spec, fresh, changes, world, report, todo, between) as (found, hold):
             if found == "finished":
                 report.say(f"{folder} is finished; `run` with --fresh trains it again")
                 return load_summary(folder)

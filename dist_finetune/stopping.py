@@ -26,16 +26,20 @@ class Stopped(DistFinetuneError):
     exit_code = 75
 
 
-def told_to_stop(signal: str) -> Stopped:
-    """The error that ends a run before its next step: nothing has been trained that is not saved."""
-    return Stopped(f"stopped on {signal} before the first step; nothing is lost. Start it again the same way")
+def refuse_if_told(signals: StopSignals) -> None:
+    """Raises Stopped where this rank was told to stop while it got ready: nothing was trained that is not saved."""
+    _refuse(signals.first.name if signals.first else None)
 
 
 def stop_if_told(signals: StopSignals) -> None:
-    """Ends a run that was told to stop while it got ready. Raises Stopped, on every rank at once. Collective."""
-    told = [name for name in gather_objects(signals.first and signals.first.name) if name]
-    if told:
-        raise told_to_stop(told[0])
+    """As `refuse_if_told`, on every rank at once where any was told. Collective."""
+    told = gather_objects(signals.first.name if signals.first else None)
+    _refuse(next((name for name in told if name), None))
+
+
+def _refuse(signal: str | None) -> None:
+    if signal:
+        raise Stopped(f"stopped on {signal} before the first step; nothing is lost. Start it again the same way")
 
 
 class Interrupted(Exception):

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -172,16 +172,22 @@ def write_end(folder: Path | None, error: Exception, world: World) -> None:
 
 @contextlib.contextmanager
 def in_run_folder(
-    spec: Spec, fresh: bool, changes: Changes, world: World, report: Reporter, memory_todo: str
+    spec: Spec,
+    fresh: bool,
+    changes: Changes,
+    world: World,
+    report: Reporter,
+    memory_todo: str,
+    between: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[RunState, Hold]]:
     """Around a run, with how its folder was found: no other job writes there meanwhile, and what ends the run early is
-    marked there and told to its trackers. Collective.
+    marked there and told to its trackers. `between` may end the wait for another job, see `Hold`. Collective.
 
     Told to stop, which every rank is at once, all wait for the first one: most launchers end a job, and a tracker that
     is still closing, with its first process. Raises what `enter_run_folder` does.
     """
     folder, found = folder_of(spec), None
-    with Hold(folder, report.say) as hold:
+    with Hold(folder, report.say, between) as hold:
         try:
             found = on_first(world, lambda: enter_run_folder(spec, fresh, changes, hold))
             with lack_of_memory_told(world, memory_todo):

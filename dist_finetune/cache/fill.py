@@ -24,7 +24,7 @@ from dist_finetune.engine.precision import bf16_of
 from dist_finetune.evaluate import to_device
 from dist_finetune.job import Job
 from dist_finetune.run_folder import write_json
-from dist_finetune.stopping import stop_if_told, told_to_stop
+from dist_finetune.stopping import refuse_if_told, stop_if_told
 from dist_finetune.world import on_first, patience, together
 
 NOTE_EVERY_S = 30.0  # what a killed run may have to compute again
@@ -191,8 +191,7 @@ def _fill(job: Job, model: nn.Module, cut: Cut, rows: Rows, writer: ShardWriter)
         if job.signals.first or time.monotonic() - noted_s > NOTE_EVERY_S:
             writer.note(num_done)
             noted_s = time.monotonic()
-            if job.signals.first:
-                raise told_to_stop(job.signals.first.name)
+            refuse_if_told(job.signals)
         activation = prefix_of(job, model, cut, batch).cpu()
         for i, index in enumerate(ids):
             row = activation[i]

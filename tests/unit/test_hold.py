@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +21,7 @@ from dist_finetune.hold import Hold
 from dist_finetune.run_folder import enter_run_folder, start_run_folder
 from dist_finetune.spec import Spec
 from dist_finetune.spec_file import load_spec
+from dist_finetune.stopping import Stopped, refuse_if_told
 
 HOLDER = """
 import pathlib, sys, time
@@ -88,6 +92,23 @@ def test_a_job_of_another_machine_is_judged_by_its_touches(tmp_path: Path, monke
     with Hold(tmp_path) as hold:
         assert hold.take(patience_s=1.5)
     assert hidden(tmp_path) == []
+
+
+def test_who_waits_for_another_job_can_be_told_to_stop(tmp_path: Path) -> None:
+    file = tmp_path / ".writer.turn-0"
+    file.write_text(json.dumps({"host": "node9 boot pid", "pid": 1, "started": "1"}))
+    signals = SimpleNamespace(first=None)
+    told: list[str] = []
+
+    def say(line: str) -> None:
+        told.append(line)
+        signals.first = signal.SIGTERM
+
+    started = time.monotonic()
+    with pytest.raises(Stopped, match="stopped on SIGTERM before the first step"):
+        Hold(tmp_path, say, partial(refuse_if_told, signals)).take()  # type: ignore[arg-type]
+    assert time.monotonic() - started < 20
+    assert len(told) == 1
 
 
 def test_a_job_that_lost_its_hold_says_so_and_leaves_the_others_alone(tmp_path: Path) -> None:
