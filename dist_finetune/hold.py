@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from dist_finetune.cache.turns import BEAT_S, STALE_S, Queue, Turn
+from dist_finetune.cache.turns import BEAT_S, STALE_S, Queue, Turn, latest
 from dist_finetune.errors import TrainingError, UserError
 
 NAME = "writer"  # its files are .writer.turn-0 and so on
@@ -60,7 +60,7 @@ class Hold:
     @property
     def is_lost(self) -> bool:
         """True where this job stood still for so long that another one took over."""
-        return self._turn is not None and self._turn.is_lost and bool(self._files())
+        return self._turn is not None and latest(self._turn.path) not in (None, self._turn.path)
 
     def require(self) -> None:
         """Raises LostHold where the hold is lost: nothing more may be written."""
@@ -89,12 +89,10 @@ class Hold:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def _files(self) -> list[Path]:
-        return sorted(self._folder.glob(f".{NAME}.turn-*"), key=lambda path: int(path.suffix.rpartition("-")[2]))
-
     def _holder(self) -> str:
+        turn = latest(self._folder / f".{NAME}.turn-0")
         try:
-            told = json.loads(self._files()[-1].read_text(encoding="utf-8"))
+            told = json.loads(turn.read_text(encoding="utf-8")) if turn else {}
             return f"process {told['pid']} on {told['host'].split()[0]}"
         except (OSError, ValueError, LookupError):  # it is just being written, or has gone
             return "whose name can't be read"

@@ -43,7 +43,7 @@ class Turn:
     @property
     def is_lost(self) -> bool:
         """True where another job has taken over."""
-        return _latest(self.path) != self.path
+        return latest(self.path) != self.path
 
     def end(self, is_done: bool) -> None:
         """Ends the turn: the entry is there, or another job (or this one, started again) may go on."""
@@ -74,10 +74,10 @@ class Queue:
     def take(self) -> Turn | None:
         """Our turn, or None as long as another job is at work. Never waits. Raises OSError where nothing can be
         written."""
-        latest = _latest(self._first)
-        if latest is not None and self._is_at_work(latest):
+        before = latest(self._first)
+        if before is not None and self._is_at_work(before):
             return None
-        path = self._first if latest is None else latest.with_suffix(f".turn-{_number(latest) + 1}")
+        path = self._first if before is None else before.with_suffix(f".turn-{_number(before) + 1}")
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:  # another job was faster
@@ -115,7 +115,8 @@ def _all(turn: Path) -> Iterator[Path]:
     return turn.parent.glob(f"{turn.stem}.turn-*")
 
 
-def _latest(turn: Path) -> Path | None:
+def latest(turn: Path) -> Path | None:
+    """Of the turns that lie beside one, or would, that which counts."""
     return max(_all(turn), key=_number, default=None)
 
 
