@@ -189,7 +189,7 @@ def _set_cpu_threads(launch: LaunchSpec, found: LaunchedAs) -> None:
 
 
 def _refuse_group_without_cpu() -> None:
-    """Ranks agree at each step on whether to stop, by numbers that are on the CPU."""
+    """Ranks agree while they train on whether to stop, by numbers that are on the CPU."""
     backends = dist.get_backend_config()
     if "cpu:" not in backends:
         raise UserError(
