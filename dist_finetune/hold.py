@@ -1,6 +1,6 @@
 """One job at a time writes a run's folder: a second one waits a little for the first to end, and is refused.
 
-The job that writes holds a hidden file there, by the rules of `cache/turns.py`, which hold on disks that nodes share: a
+The job that writes holds a hidden file there, by the rules of `turns.py`, which hold on disks that nodes share: a
 killed job's hold is free at once on its own machine, and elsewhere once nothing has touched the file for a minute.
 """
 
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from dist_finetune.cache.turns import BEAT_S, STALE_S, Queue, Turn, latest
 from dist_finetune.errors import TrainingError, UserError
+from dist_finetune.turns import BEAT_S, STALE_S, Queue, Turn, latest
 
 NAME = "writer"  # its files are .writer.turn-0 and so on
 LOOK_EVERY_S = 1.0

@@ -17,7 +17,6 @@ from torch import nn
 from dist_finetune.cache.cut import Cut, NoCut, run_prefix
 from dist_finetune.cache.entries import META, make_room
 from dist_finetune.cache.store import Layout, ShardWriter, write_layout
-from dist_finetune.cache.turns import LostTurn, Queue, Turn
 from dist_finetune.data.batches import cut_rows
 from dist_finetune.data.loading import Rows
 from dist_finetune.engine.precision import bf16_of
@@ -25,6 +24,7 @@ from dist_finetune.evaluate import to_device
 from dist_finetune.job import Job
 from dist_finetune.run_folder import write_json
 from dist_finetune.stopping import refuse_if_told, stop_if_told
+from dist_finetune.turns import LostTurn, Queue, Turn
 from dist_finetune.world import on_first, patience, together
 
 NOTE_EVERY_S = 30.0  # what a killed run may have to compute again

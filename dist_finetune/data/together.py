@@ -7,11 +7,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_finetune.cache.turns import this_host
 from dist_finetune.data.checks import ImageCheck
 from dist_finetune.data.tables import OpenTables, Tables, checked_tables, open_tables
 from dist_finetune.spec import DataSpec
 from dist_finetune.tasks.names import TaskName
+from dist_finetune.turns import this_host
 from dist_finetune.world import World, gather_objects, require_same, together
 
 Checks = dict[str, list[ImageCheck]]

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dist_finetune import turns
 from dist_finetune.advise import run as advise_run
-from dist_finetune.cache import turns
 from dist_finetune.data import checks
 from dist_finetune.data.together import read_tables_together
 from dist_finetune.errors import DistFinetuneError

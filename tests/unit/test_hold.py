@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from dist_finetune import hold as hold_module
-from dist_finetune.cache import turns
+from dist_finetune import turns
 from dist_finetune.errors import TrainingError, UserError
 from dist_finetune.hold import Hold
 from dist_finetune.run_folder import enter_run_folder, start_run_folder

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_finetune.cache import turns
+from dist_finetune import turns
 from dist_finetune.cache.entries import make_room
-from dist_finetune.cache.turns import Queue, Turn
+from dist_finetune.turns import Queue, Turn
 
 
 def files(folder: Path) -> list[str]:
@@ -55,7 +55,7 @@ def test_files_of_another_user_are_in_nobodys_way(tmp_path: Path, monkeypatch: p
 
 def test_the_turn_of_a_process_that_was_killed_is_free_at_once(tmp_path: Path) -> None:
     program = (
-        "import os, pathlib, sys; from dist_finetune.cache.turns import Queue; "
+        "import os, pathlib, sys; from dist_finetune.turns import Queue; "
         "Queue(pathlib.Path(sys.argv[1])).take(); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "abc")], check=False, timeout=60)

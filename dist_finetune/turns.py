@@ -1,8 +1,9 @@
-"""Jobs that want the same entry at once: one fills it, the others wait for it, or take over where that one is gone.
+"""Jobs that want the same thing at once, to fill a cache entry or to write a run folder: one does, the others wait, or
+take over where it is gone.
 
-A job's turn is a file `.<key>.turn-<n>`, made with O_EXCL, which holds on disks that nodes share as well; the highest n
-counts. Its job touches it every few seconds, and says so in it where it gives up: of all who see that, or that nothing
-touches it any more, exactly one makes n + 1. Once the entry is there, the files go.
+A job's turn is a file `.<name>.turn-<n>`, made with O_EXCL, which holds on disks that nodes share as well; the highest
+n counts. Its job touches it every few seconds, and says so in it where it gives up: of all who see that, or that
+nothing touches it any more, exactly one makes n + 1. Once the entry is there, or the run over, the files go.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ _NOWHERE = secrets.token_hex(8)
 
 
 class LostTurn(DistFinetuneError):
-    """This job stood still for so long that another one fills the entry."""
+    """This job stood still for so long that another one has the turn."""
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Turn:
     _over: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        threading.Thread(target=self._beat, name="cache turn", daemon=True).start()
+        threading.Thread(target=self._beat, name="turn", daemon=True).start()
 
     @property
     def is_lost(self) -> bool:
