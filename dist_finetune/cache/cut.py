@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_finetune.cache.trace import Call, Value, single_tensor, trace
 from dist_finetune.engine.base import Inputs
 from dist_finetune.errors import DistFinetuneError
 from dist_finetune.models.dropout import layer_drops
@@ -73,42 +74,19 @@ class Cut:
         return activation[:, :1] if self.reads_first_only else activation
 
 
-@dataclass(frozen=True)
-class _Value:
-    """A tensor at a moment: the same one, not written to since, has the same version."""
-
-    tensor: torch.Tensor
-    version: int
-
-    def is_same(self, other: "_Value | None") -> bool:
-        return other is not None and self.tensor is other.tensor and self.version == other.version
-
-
-@dataclass(frozen=True)
-class _Call:
-    module: str
-    started: int
-    ended: int
-    given: _Value | None
-    """The one thing that the module was called with, where it is a tensor."""
-    output: Any
-    returned: _Value | None
-    """Its output, where that is a tensor, as it was when the call ended."""
-
-
 def find_cut(model: nn.Module, inputs: Inputs) -> Cut:
     """The cut of a frozen model in training mode (its frozen modules held in eval), traced with a small batch, in the
     precision that it trains in: a cast that changes nothing leaves no trace.
 
     Raises NoCut where nothing frozen lies below the first trainable module, or no module there returns one tensor.
     """
-    calls, logits = _trace(model, inputs)
+    calls, logits = trace(model, inputs)
     modules = dict(model.named_modules())
     starts = {call.module: call.started for call in sorted(calls, key=lambda call: -call.started)}
     trainable = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
     first = min((_first_use(name, starts) for name in trainable), default=0)
     done = [call for call in calls if call.ended < first and _is_fixed(modules[call.module])]
-    usable = [call for call in done if _single_tensor(call.output) is not None]
+    usable = [call for call in done if single_tensor(call.output) is not None]
     if not any(_has_state(modules[call.module]) for call in done) or not usable:
         raise NoCut("no frozen part lies below the first trainable one")
     at = max(usable, key=lambda call: call.ended)
@@ -135,7 +113,7 @@ def run_prefix(model: nn.Module, cut: Cut, inputs: Inputs) -> torch.Tensor:
     found: list[torch.Tensor] = []
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
-        tensor = _single_tensor(output)
+        tensor = single_tensor(output)
         assert tensor is not None
         found.append(tensor)
         raise _Reached
@@ -258,7 +236,7 @@ def _run_chain(model: nn.Module, paths: Sequence[str], channel: _Channel, *args:
     return value
 
 
-def _chain(calls: Sequence[_Call], at: _Call, logits: _Value | None) -> tuple[str, ...]:
+def _chain(calls: Sequence[Call], at: Call, logits: Value | None) -> tuple[str, ...]:
     """The modules called after the cut, outermost ones, where each was given what the one before returned, and nothing
     else, and the last returned the logits; else none."""
     value, ended, paths = at.returned, at.ended, list[str]()
@@ -270,49 +248,6 @@ def _chain(calls: Sequence[_Call], at: _Call, logits: _Value | None) -> tuple[st
         value, ended = call.returned, call.ended
         paths.append(call.module)
     return tuple(paths) if value is not None and value.is_same(logits) else ()
-
-
-def _trace(model: nn.Module, inputs: Inputs) -> tuple[list[_Call], _Value | None]:
-    """Every module call of one forward pass, with the order of starts and ends; and the logits."""
-    events, open_calls = 0, dict[str, list[tuple[int, _Value | None]]]()
-    calls: list[_Call] = []
-    handles = []
-
-    def tick() -> int:
-        nonlocal events
-        events += 1
-        return events
-
-    def enter(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            only = args[0] if len(args) == 1 and not kwargs else None
-            open_calls.setdefault(name, []).append((tick(), _value(only)))
-
-        return note
-
-    def leave(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            started, given = open_calls[name].pop()
-            calls.append(_Call(name, started, tick(), given, output, _value(_single_tensor(output))))
-
-        return note
-
-    for name, module in model.named_modules():
-        if name:
-            handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(leave(name)))
-    try:
-        with torch.no_grad():
-            logits = forward_logits(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, _value(logits)
-
-
-def _value(thing: Any) -> _Value | None:
-    """None also for a tensor of `torch.inference_mode`, which counts no versions."""
-    return _Value(thing, thing._version) if isinstance(thing, torch.Tensor) and not thing.is_inference() else None
 
 
 def _first_use(parameter: str, starts: Mapping[str, int]) -> int:
@@ -340,15 +275,8 @@ def _has_state(module: nn.Module) -> bool:
     return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
 
 
-def _single_tensor(output: Any) -> torch.Tensor | None:
-    """The one floating tensor that a module returned, alone or in a tuple; None for anything else."""
-    if isinstance(output, tuple) and type(output) is tuple and len(output) == 1:
-        output = output[0]
-    return output if isinstance(output, torch.Tensor) and output.is_floating_point() else None
-
-
-def _stand_in(call: _Call) -> StandIn:
-    tensor = _single_tensor(call.output)
+def _stand_in(call: Call) -> StandIn:
+    tensor = single_tensor(call.output)
     assert tensor is not None
     return StandIn(call.module, tuple(tensor.shape), isinstance(call.output, tuple))
 
