@@ -9,7 +9,7 @@ from dist_finetune.memory.state import BF16_BYTES, FP32_BYTES
 from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
 from dist_finetune.spec import TrainSpec
-from dist_finetune.tasks.names import outputs_in_words
+from dist_finetune.tasks.names import inputs_in_words, outputs_in_words
 
 
 def render_plan(plan: Plan, params: bool = False) -> RenderableType:
@@ -68,8 +68,7 @@ def _feature_lines(plan: Plan) -> str:
 def _input_lines(plan: Plan) -> list[str]:
     data = plan.data
     rows = ", ".join(f"{count:,} {split}" for split, count in data.num_rows.items())
-    pixels = " x ".join(map(str, data.image_size or ()))
-    size = f"up to {data.max_length} tokens" if data.modality == "text" else f"{pixels} pixels"
+    size = inputs_in_words(data.modality, data.max_length, data.image_size)
     return [
         f"model     {plan.card.name}, {data.modality}, {outputs_in_words(data.task, data.classes)}",
         f"data      {rows} rows, {size}",

@@ -8,7 +8,7 @@ from typing import Any
 from dist_finetune.html_report.figures import short_count
 from dist_finetune.html_report.predictions import Confusion
 from dist_finetune.html_report.record import RunRecord
-from dist_finetune.tasks.names import outputs_in_words
+from dist_finetune.tasks.names import inputs_in_words, outputs_in_words
 
 SHOWN_CLASSES = 24  # a wider table is no longer read
 SHOWN_WORST = 30
@@ -85,9 +85,7 @@ def run_facts(record: RunRecord) -> list[Fact]:
     data, batches, topology, card = (plan.get(key, {}) for key in ("data", "batches", "topology", "card"))
     source = record.freeze.get("source") or {}
     rows = ", ".join(f"{count:,} {split}" for split, count in data.get("num_rows", {}).items())
-    is_text = data.get("modality") == "text"
-    pixels = " x ".join(map(str, data.get("image_size") or ()))
-    size = f"up to {data.get('max_length')} tokens" if is_text else f"{pixels} pixels"
+    size = inputs_in_words(data.get("modality"), data.get("max_length"), data.get("image_size"))
     world_size = topology.get("num_nodes", 1) * topology.get("processes_per_node", 1)
     facts = [
         Fact(

@@ -60,6 +60,11 @@ def require_classification(task: TaskName, what: str, columns: Sequence[str]) ->
         )
 
 
+def inputs_in_words(modality: str | None, max_length: int | None, image_size: Sequence[int] | None) -> str:
+    """How large a row is that a model is given, such as "up to 128 tokens" or "224 x 224 pixels"."""
+    return f"up to {max_length} tokens" if modality == "text" else f"{' x '.join(map(str, image_size or ()))} pixels"
+
+
 def outputs_in_words(task: TaskName, classes: Sequence[str]) -> str:
     """What a model gives for a row, such as "11 classes" or "a number, score"."""
     return {
