@@ -66,8 +66,10 @@ def check_images(source: Source, column: str, decode: bool, first: int = 0, step
 
 def image_problems(checks: Sequence[ImageCheck], source: Source, column: str) -> list[str]:
     """Lines that name what is wrong with images, for checks of all of them."""
-    images = _undecoded(source, column)
     broken = [(row, reason) for row, (_, reason) in enumerate(checks) if reason is not None]
+    if not broken:
+        return []
+    images = _undecoded(source, column)
     problems = [f"{_image_name(images[row][column], source, row)}: {reason}" for row, reason in broken[:MAX_PLACES]]
     if len(broken) > MAX_PLACES:
         problems.append(f"and {len(broken) - MAX_PLACES} more damaged images of {source.names}")
