@@ -16,9 +16,10 @@ from dist_finetune.errors import DistFinetuneError, UserError
 from dist_finetune.home import expand_home
 from dist_finetune.launchers.environment import world_from_environment
 from dist_finetune.plan import Plan, for_planning, make_plan
+from dist_finetune.preflight import visible_gpus
 from dist_finetune.run_folder import output_of
 from dist_finetune.spec import LaunchSpec, Spec
-from dist_finetune.topology import job_topology, visible_gpus
+from dist_finetune.topology import job_topology
 from dist_finetune.world import World, gather_objects, join_world, together
 
 JOIN_TIMEOUT_S = 60.0

@@ -19,7 +19,7 @@ from dist_finetune.cache.entries import cache_root
 from dist_finetune.launchers.environment import granted_gpus
 from dist_finetune.launchers.local import count_gpus
 from dist_finetune.plan import Plan
-from dist_finetune.preflight import GPUS_MISSING_TODO, gpus_missing
+from dist_finetune.preflight import GPUS_MISSING_TODO, gpus_missing, visible_gpus
 from dist_finetune.run_folder import output_of
 from dist_finetune.spec import Spec
 from dist_finetune.tracking import has_login
@@ -128,7 +128,7 @@ def _version(package: str) -> str | None:
 
 def gpu_findings(local_world_size: int | None) -> list[Finding]:
     """GPUs that torch can use, against those that the machine has and those that this job's processes need."""
-    present, visible = count_gpus(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    present, visible = count_gpus(), visible_gpus()
     missing = gpus_missing(os.environ, visible)
     if missing:
         return [Finding("fail", "GPUs", missing, GPUS_MISSING_TODO)]

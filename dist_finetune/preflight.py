@@ -87,6 +87,11 @@ def _absent_ranks(found: LaunchedAs, store: dist.Store, keys: list[str], timeout
     )
 
 
+def visible_gpus() -> int:
+    """GPUs that torch can use on this machine."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def gpus_missing(env: Mapping[str, str], visible: int) -> str | None:
     """What is wrong where the scheduler gave this machine GPUs and torch sees none: it would train on the CPU instead.
 

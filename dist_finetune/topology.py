@@ -36,11 +36,6 @@ def local_topology(processes: int = 1, num_nodes: int = 1) -> Topology:
     return Topology(num_nodes, processes, "cuda", memory, has_bf16())
 
 
-def visible_gpus() -> int:
-    """GPUs that torch can use on this machine."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
 def has_bf16() -> bool:
     """Whether the GPU itself computes in bf16. Older ones (V100, T4) emulate it, slower than fp32."""
     return torch.cuda.is_bf16_supported(including_emulation=False)

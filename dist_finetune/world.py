@@ -32,6 +32,7 @@ from dist_finetune.preflight import (
     meet,
     open_group,
     versions_that_differ,
+    visible_gpus,
     wait_longer,
 )
 from dist_finetune.run_folder import installed_versions
@@ -151,7 +152,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _device(local_rank: int, local_world_size: int) -> torch.device:
-    missing = gpus_missing(os.environ, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    missing = gpus_missing(os.environ, visible_gpus())
     if missing:
         raise UserError(f"{missing}: {GPUS_MISSING_TODO}")
     if not torch.cuda.is_available():

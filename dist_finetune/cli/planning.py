@@ -26,7 +26,8 @@ def plan(
     memory = memory_bytes(gpu_memory) if gpu_memory else None
     from dist_finetune.plan import for_planning, make_plan
     from dist_finetune.plan_text import render_plan
-    from dist_finetune.topology import Topology, local_topology, visible_gpus
+    from dist_finetune.preflight import visible_gpus
+    from dist_finetune.topology import Topology, local_topology
 
     processes = gpus_per_node or visible_gpus() or 1  # as `run` starts here
     here = local_topology(processes, nodes)
