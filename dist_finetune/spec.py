@@ -18,6 +18,8 @@ from dist_finetune.spec_launch import CloudSpec, SlurmSpec
 from dist_finetune.tasks.names import TaskName
 
 Strategy = Literal["ddp", "zero1", "zero2", "zero3", "fsdp"]
+SHARDED_WEIGHTS: tuple[Strategy, ...] = ("zero3", "fsdp")
+"""Strategies under which a device holds a share of the weights, and gathers a module's when it is called."""
 # Of the 255 that file systems take; commands add to it, as in NAME-features and NAME.20250101-120000-2.
 MAX_NAME_BYTES = 200
 FREEZE_WORDS = ("none", "backbone", "norms", "bias-only", "all-but-last N")

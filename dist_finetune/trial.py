@@ -9,7 +9,6 @@ from torch import nn
 
 from dist_finetune.engine.base import collect
 from dist_finetune.engine.blocks import prepare_blocks
-from dist_finetune.engine.build import CUT_AS_THEY_ARRIVE
 from dist_finetune.engine.precision import autocast_of, round_frozen
 from dist_finetune.errors import PlanError
 from dist_finetune.evaluate import to_device
@@ -21,6 +20,7 @@ from dist_finetune.models.sources import build_model, forward_logits
 from dist_finetune.no_memory import is_lack_of_memory
 from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
+from dist_finetune.spec import SHARDED_WEIGHTS
 from dist_finetune.tasks.task import task_of
 from dist_finetune.world import World, gather_objects
 
@@ -62,7 +62,7 @@ def _largest(plan: Plan, sizes: Sequence[int], device: torch.device) -> tuple[in
             return rows, None
         if problem != NO_MEMORY and rows == sizes[0]:
             return rows, problem
-    if plan.strategy in CUT_AS_THEY_ARRIVE:
+    if plan.strategy in SHARDED_WEIGHTS:
         return sizes[0], "the whole model, which a trial holds, leaves no room on a GPU"
     return 0, None
 
@@ -93,7 +93,7 @@ def _pass(plan: Plan, phase: PhasePlan, rows: int, device: torch.device) -> None
     state = plan.memory[plan.strategy].state
     trainable = [p for p in model.parameters() if p.requires_grad]
     there = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    if plan.strategy in CUT_AS_THEY_ARRIVE:  # gradients too are cut as they come; the ballast has a rank's share
+    if plan.strategy in SHARDED_WEIGHTS:  # gradients too are cut as they come; the ballast has a rank's share
         for parameter in trainable:
             parameter.register_post_accumulate_grad_hook(drop_gradient)
     else:

@@ -44,6 +44,7 @@ from dist_finetune.freeze import train_mode
 from dist_finetune.job import Job
 from dist_finetune.models.sources import forward_logits
 from dist_finetune.phases import PhasePlan
+from dist_finetune.spec import SHARDED_WEIGHTS
 from dist_finetune.tasks.task import counted
 from dist_finetune.world import on_first, together
 
@@ -53,8 +54,6 @@ if TYPE_CHECKING:
 AGREEMENT = {"fp32": 1e-4, "bf16": 3e-2}  # of logits, relative: a CNN differs by up to 3e-5 at another batch size
 PROBE_ROWS = 4
 WORTH_ROWS = 8  # enough to tell how long a row takes
-GATHER_IN_HOOKS = ("zero3", "fsdp")
-"""Strategies that gather weights when a module is called, also one that a chain would leave out."""
 
 
 def cache_splits(
@@ -72,7 +71,7 @@ def cache_splits(
     cut = together(lambda: _cut_on_device(job, phase, model, probe))
     model.eval()
     cut = replace(cut, reads_first_only=on_first(job.world, lambda: _reads_first_only(job, model, cut, probe)))
-    if job.plan.strategy in GATHER_IN_HOOKS:
+    if job.plan.strategy in SHARDED_WEIGHTS:  # they may gather in a module that a chain leaves out
         cut = replace(cut, chain=())
     key, source = _key(job, cut, frozen_digests)
     layouts = {name: layout_for(job, cut, rows) for name, rows in job.splits.items()}

@@ -27,10 +27,8 @@ from dist_finetune.launchers.environment import scrubbed
 from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
 from dist_finetune.preflight import wait_longer
+from dist_finetune.spec import SHARDED_WEIGHTS
 from dist_finetune.world import World, sum_over_ranks
-
-CUT_AS_THEY_ARRIVE = ("zero3", "fsdp")
-"""Strategies under which no device ever holds the whole model."""
 
 
 def open_accelerator(plan: Plan, phase: PhasePlan, world: World) -> Any:
@@ -123,7 +121,7 @@ def shard(
     """
     check_frozen_flags(model, phase.manifest)
     _check_optimizer(model, optimizer, phase.manifest)
-    if plan.strategy not in CUT_AS_THEY_ARRIVE:
+    if plan.strategy not in SHARDED_WEIGHTS:  # else weights are cut as they arrive there
         model.to(world.device)
     if world.device.type == "cuda" and world.world_size > 1:
         synchronise_batchnorm(model, phase.manifest)
