@@ -18,8 +18,8 @@ pytestmark = pytest.mark.dist
 
 SLOW_JOB = """
 import sys, time
-from dist_finetune import load_spec, train
-from dist_finetune.cache import fill, turns
+from dist_finetune import load_spec, train, turns
+from dist_finetune.cache import fill
 
 turns.BEAT_S, turns.STALE_S, fill.LOOK_FOR_S = 0.2, 3.0, 0.5
 prefix_of = fill.prefix_of
