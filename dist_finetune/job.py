@@ -53,6 +53,8 @@ class Stage:
     """Seconds that filling (or finding) the cache of the frozen prefix took."""
     is_uncached: bool = False
     """True where `cache: auto` measured that a cache would not pay: a resumed run does not measure again."""
+    is_whole: bool = False
+    """True where each rank computes all of every step, see `whole_steps`."""
 
     @cached_property
     def statistics(self) -> list[torch.Tensor]:

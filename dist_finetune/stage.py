@@ -31,6 +31,7 @@ from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
 from dist_finetune.proof import digest_frozen, digest_tensor
 from dist_finetune.report import Reporter
+from dist_finetune.whole_steps import takes_whole_steps
 from dist_finetune.world import World
 
 
@@ -59,25 +60,26 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
     require_gradients(model, rows.first_batch(), rows.task, len(rows.classes), setting)
     splits = job.splits
     dropped: dict[str, torch.Tensor] = {}
+    is_whole = False
     started_s = time.perf_counter()
     done = checkpoint.state["progress"] if checkpoint else {}
     is_uncached = phase.index in done.get("uncached", ())
     if job.plan.cache[phase.index].use and not is_uncached:
         is_begun = bool(done) and done["phase"] == phase.index and done["step"] > done["phase_first_step"]
         try:
-            phase, splits, dropped = _cached(job, phase, model, digests, is_begun)
+            phase, splits, dropped, is_whole = _cached(job, phase, model, digests, is_begun)
         except NoCut as reason:
             job.report.say(f"note: no cache: {reason}")
             is_uncached = isinstance(reason, NotWorth)
     cache_s = time.perf_counter() - started_s
     rounded = _rounded(job, phase, model)
     optimizer = build_optimizer(model, phase.groups)
-    engine = shard(model, optimizer, job.plan, phase, accelerator, job.world)
+    engine = shard(model, optimizer, job.plan, phase, accelerator, job.world, is_whole)
     engine.rehearse(to_device(splits["train"].first_batch()["inputs"], job.world.device))
     if checkpoint:
         load_moments(engine, checkpoint, checkpoint.state["adam_steps"])
         engine.loss_scale.restore(checkpoint.state["loss_scale"])
-    return Stage(phase, engine, splits, digests, dropped, rounded, cache_s, is_uncached)
+    return Stage(phase, engine, splits, digests, dropped, rounded, cache_s, is_uncached, is_whole)
 
 
 def _rounded(job: Job, phase: PhasePlan, model: nn.Module) -> dict[str, str]:
@@ -91,9 +93,9 @@ def _rounded(job: Job, phase: PhasePlan, model: nn.Module) -> dict[str, str]:
 
 def _cached(
     job: Job, phase: PhasePlan, model: nn.Module, digests: dict[str, str], is_begun: bool
-) -> tuple[PhasePlan, dict[str, Rows], dict[str, torch.Tensor]]:
-    """Turns `model` into the part above its frozen prefix, fed from stored activations. Raises NoCut, with the model as
-    it was, where that fails or does not pay."""
+) -> tuple[PhasePlan, dict[str, Rows], dict[str, torch.Tensor], bool]:
+    """Turns `model` into the part above its frozen prefix, fed from stored activations; and whether each rank computes
+    all of its steps. Raises NoCut, with the model as it was, where that fails or does not pay."""
     full = job.plan.spec.checkpoint.full
     # buffers too: BatchNorm that trained in an earlier phase has moved its statistics
     changed = {r.name for p in job.plan.phases[: phase.index] for r in p.manifest.records if not r.frozen}
@@ -102,7 +104,11 @@ def _cached(
     state = {r.name for r in phase.manifest.records if full or r.name in changed}
     kept = [name for name in cut.dropped if name in state]  # what the model computes by itself is no part of it
     dropped = {name: tensors[name].detach().to("cpu", copy=True) for name in kept}
-    return replace(phase, manifest=phase.manifest.without(cut.dropped)), splits, dropped
+    phase = replace(phase, manifest=phase.manifest.without(cut.dropped))
+    is_whole = bool(cut.chain) and takes_whole_steps(job.plan, phase, model, splits["train"], job.world)
+    if is_whole:
+        job.report.say("each process computes all of a step: exchanging its gradients would take longer")
+    return phase, splits, dropped, is_whole
 
 
 def next_stage(job: Job, stage: Stage, progress: Progress, saver: Saver) -> Stage:

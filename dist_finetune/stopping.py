@@ -13,9 +13,9 @@ from dist_finetune.signals import SIGNALS, StopSignals
 from dist_finetune.world import World, gather_objects
 
 FILE_CHECK_EVERY_S = 1.0  # a shared file system should not be asked at every step
-ASK_EVERY_S = 0.05
+ASK_EVERY_S = 0.1
 """How far apart ranks ask each other: where a step takes milliseconds, asking at each one would slow it by a tenth."""
-MOST_CALLS = 8
+MOST_CALLS = 16
 """Most calls between two questions, however short they were: the next ones may take longer."""
 REASONS = ("", *(number.name for number in SIGNALS), "the file STOP", "launch.time_limit")
 

@@ -32,6 +32,8 @@ class StepLog:
     losses: list[torch.Tensor] = field(default_factory=list)
     norms: list[torch.Tensor | float] = field(default_factory=list)
     steps: list[tuple[StepBatch, float]] = field(default_factory=list)
+    is_whole: bool = False
+    """True where each rank has the losses of whole steps, not those of its share."""
     waited_s: float = 0.0
     """Seconds that this rank waited for its batches."""
     started_s: float = field(default_factory=time.perf_counter)
@@ -46,7 +48,7 @@ def fit(job: Job, stage: Stage, progress: Progress, saver: Saver, stop: StopWish
     progress.cache_s += stage.cache_s
     if stage.is_uncached and stage.phase.index not in progress.uncached:
         progress.uncached.append(stage.phase.index)
-    log, last = StepLog(), None
+    log, last = StepLog(is_whole=stage.is_whole), None
     try:
         if progress.before is None:
             progress.before = evaluate_validation(job, stage, 0, stop).metrics
@@ -98,20 +100,28 @@ def stopped(interruption: Interrupted, job: Job, progress: Progress, saver: Save
 
 
 def _steps_of(job: Job, stage: Stage, progress: Progress) -> Iterator[StepBatch]:
+    """This rank's share of the steps; all of them as one process takes them, where each rank computes them whole."""
     plan, rows = job.plan, stage.splits["train"]
+    rank, world_size = _dealt_to(job, stage)
+    shares, tokens = job.world.world_size // world_size, plan.batches.micro_batch_tokens
     return training_steps(
         rows.num_rows,
         plan.batches.global_batch_size,
-        plan.batches.micro_batch_size,
+        plan.batches.micro_batch_size * shares,
         progress.phase_first_step + stage.phase.num_steps,
         plan.spec.train.seed,
-        job.world.rank,
-        job.world.world_size,
+        rank,
+        world_size,
         rows.lengths,
         first_step=progress.step,
         targets=rows.num_targets,
-        micro_batch_tokens=plan.batches.micro_batch_tokens,
+        micro_batch_tokens=tokens * shares if tokens else None,
     )
+
+
+def _dealt_to(job: Job, stage: Stage) -> tuple[int, int]:
+    """Which rank of how many this one is, where the rows of a step are dealt."""
+    return (0, 1) if stage.is_whole else (job.world.rank, job.world.world_size)
 
 
 def _train_step(
@@ -120,12 +130,13 @@ def _train_step(
     """One optimizer step: all micro-batches, one reduction, one update.
 
     The loss of each micro-batch is a sum over its rows, or labelled words, divided by the global batch's real count, so
-    that partial windows and uneven shares weigh each of them the same; times world size, because engines average over
-    ranks. Filler micro-batches weigh nothing.
+    that partial windows and uneven shares weigh each of them the same; times the number of ranks that share the step,
+    because engines average over them. Filler micro-batches weigh nothing.
     """
     world, engine, phase = job.world, stage.engine, stage.phase
+    rank, world_size = _dealt_to(job, stage)
     task, num_targets = task_of(job.plan.data.task), max(1, step.num_targets)
-    _seed(_seed_of(job.plan.spec.train.seed, step.step, world.rank), world.device)
+    _seed(_seed_of(job.plan.spec.train.seed, step.step, rank), world.device)
     lr = set_lr(engine.param_groups, lr_factor(phase_step, phase.num_steps, phase.warmup_steps, phase.schedule))
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for i, micro in enumerate(step.micro_batches):
@@ -136,7 +147,7 @@ def _train_step(
         labels = batch["labels"].to(world.device, non_blocking=True)
         logits = engine.forward(to_device(batch["inputs"], world.device), is_last)
         loss = task.loss(logits, labels)
-        engine.backward(loss * (0.0 if micro.is_filler else world.world_size / num_targets), is_last)
+        engine.backward(loss * (0.0 if micro.is_filler else world_size / num_targets), is_last)
         if not micro.is_filler:
             total += loss.detach()
     log.norms.append(engine.step())
@@ -161,7 +172,8 @@ def _flush(log: StepLog, job: Job, progress: Progress) -> None:
     """Writes the metrics of the steps since the last flush; the only place where training waits for the device."""
     if not log.steps:
         return
-    losses = sum_over_ranks(torch.stack(log.losses)).tolist()
+    mine = torch.stack(log.losses)
+    losses = (mine if log.is_whole else sum_over_ranks(mine)).tolist()
     norms = [float(n) for n in log.norms]
     elapsed = time.perf_counter() - log.started_s
     progress.train_s += elapsed

@@ -50,17 +50,20 @@ class CachedCollate:
             batch: Batch = {"inputs": {}, "labels": stacked_labels([row for _, row in rows])}
         else:
             batch = self.collate_text([row for _, row in rows])
-        lengths = self.layout.lengths
-        width = () if lengths is None else (batch["inputs"]["input_ids"].shape[1],)
-        activation = torch.zeros(len(rows), *width, *self.layout.piece_shape)
-        filled = activation.numpy()
-        for row, (index, _) in zip(filled, rows, strict=True):
-            if lengths is not None:
-                row = row[-lengths[index] :] if self.pads_left else row[: lengths[index]]
-            self.stored.read_into(index, row)
+        activation = self._activation([index for index, _ in rows], batch)
         if self.is_text:
             batch["inputs"][ACTIVATION] = activation
         else:
             is_map = activation.dim() == 4
             batch["inputs"] = activation.contiguous(memory_format=torch.channels_last) if is_map else activation
         return batch
+
+    def _activation(self, indices: list[int], batch: Batch) -> torch.Tensor:
+        lengths = self.layout.lengths
+        if lengths is None:
+            return torch.from_numpy(self.stored.read(indices))
+        activation = torch.zeros(len(indices), batch["inputs"]["input_ids"].shape[1], *self.layout.piece_shape)
+        for row, index in zip(activation.numpy(), indices, strict=True):
+            row = row[-lengths[index] :] if self.pads_left else row[: lengths[index]]
+            self.stored.read_into(index, row)
+        return activation

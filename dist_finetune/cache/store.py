@@ -9,7 +9,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,13 +89,25 @@ class StoredRows:
             for shard, size in enumerate(sizes)
         ]
 
+    def read(self, indices: Sequence[int]) -> NDArray[np.float32]:
+        """Rows without a length, (B, *piece_shape)."""
+        layout, wanted = self._layout, np.asarray(indices)
+        flat = np.empty((len(wanted), layout.piece_elements), np.float32)
+        for number in np.unique(layout.shard_of[wanted]):
+            here = np.flatnonzero(layout.shard_of[wanted] == number)
+            pieces = self._shards[number].reshape(-1, layout.piece_elements)
+            flat[here] = self._numbers(pieces[self._starts[wanted[here]] // layout.piece_elements])
+        return flat.reshape(-1, *layout.piece_shape)
+
     def read_into(self, index: int, out: NDArray[np.float32]) -> None:
         """Copies row `index` into an array of the row's shape whose memory is in one piece."""
         stored = self._shards[self._layout.shard_of[index]][self._starts[index] : self._ends[index]]
+        out.reshape(-1)[...] = self._numbers(stored)
+
+    def _numbers(self, stored: NDArray[Any]) -> NDArray[np.float32]:
         if self._layout.dtype == "fp32":
-            out.reshape(-1)[...] = stored
-        else:  # bf16 is the upper half of fp32
-            out.reshape(-1)[...] = (stored.astype(np.uint32) << 16).view(np.float32)
+            return stored
+        return (stored.astype(np.uint32) << 16).view(np.float32)  # bf16 is the upper half of fp32
 
 
 class ShardWriter:

@@ -28,4 +28,4 @@ def label_array(table: Dataset, task: TaskName, num_outputs: int) -> NDArray[Any
 
 def stacked_labels(rows: Sequence[Mapping[str, Any]]) -> Tensor:
     """The entries "label" of encoded rows: int64 (B,), float32 (B,) or float32 (B, C)."""
-    return torch.from_numpy(np.stack([np.asarray(row["label"]) for row in rows]))
+    return torch.from_numpy(np.asarray([row["label"] for row in rows]))

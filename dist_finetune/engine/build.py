@@ -112,9 +112,16 @@ def _scrub_environment() -> None:
 
 
 def shard(
-    model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, phase: PhasePlan, accelerator: Any, world: World
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    phase: PhasePlan,
+    accelerator: Any,
+    world: World,
+    is_whole: bool = False,
 ) -> Engine:
-    """The engine of the plan's strategy around a frozen model and the optimizer of its trainable parameters.
+    """The engine of the plan's strategy around a frozen model and the optimizer of its trainable parameters. With
+    `is_whole` each rank's gradients are those of the whole step, and none are exchanged (ddp only).
 
     Raises TrainingError where the optimizer is not exactly the plan's trainable set, or what the engine holds
     afterwards is not the plan's trainable elements plus the engine's own padding.
@@ -135,8 +142,8 @@ def shard(
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if plan.strategy == "ddp" and world.world_size == 1:
-                # Accelerate would put DDP, and with it a second copy of all gradients, around the model of one process
+            if plan.strategy == "ddp" and (is_whole or world.world_size == 1):
+                # Accelerate would put DDP, and with it a second copy of all gradients, around the model
                 wrapped, prepared = model, accelerator.prepare(optimizer)
             else:
                 wrapped, prepared = accelerator.prepare(model, optimizer)

@@ -45,6 +45,7 @@ def pairs(material: Material, runs: RunJobs, shared_cache: Path) -> dict[str, Ru
     ]
     all_blocks = material.text(freeze={"embeddings": True, "layers": "all"}, shard={"strategy": "ddp"})
     jobs += [Job(f"first-{mode}", {**all_blocks, "cache": mode}) for mode in ("off", "on")]
+    jobs.append(Job("first-dropout", with_dropout(material, shared_cache, 4)))
     half = {"mode": "on", "dtype": "bf16"}
     jobs.append(Job("text-bf16", {**material.text(), "shard": {"strategy": "ddp"}, "cache": half}))
     jobs.append(Job("two", elsewhere(material, shared_cache)))
@@ -57,6 +58,12 @@ def pairs(material: Material, runs: RunJobs, shared_cache: Path) -> dict[str, Ru
 
 def elsewhere(material: Material, cache: Path) -> dict[str, Any]:
     return {**material.text(), "cache": {"mode": "on", "folder": str(cache)}, "shard": {"strategy": "ddp"}}
+
+
+def with_dropout(material: Material, cache: Path, micro: int) -> dict[str, Any]:
+    train = {"micro_batch_size": micro}
+    config = material.text(model={"dropout": 0.1}, freeze={"embeddings": True, "layers": "all"}, train=train)
+    return {**config, "shard": {"strategy": "ddp"}, "cache": {"mode": "on", "folder": str(cache)}}
 
 
 def large(material: Material, cache: Path) -> dict[str, Any]:
@@ -121,6 +128,25 @@ def test_of_a_head_on_the_first_token_no_other_is_stored(pairs: dict[str, Run]) 
     assert cached.series("train/loss") == pytest.approx(plain.series("train/loss"), rel=1e-6)
     assert cached.series("eval/accuracy") == plain.series("eval/accuracy")
     assert stored_bytes(cached) == (NUM_TRAIN + NUM_VALIDATION) * 32 * 4, "rows of 32 fp32 numbers"
+
+
+def test_a_head_trains_in_whole_steps_that_are_those_of_one_process(
+    pairs: dict[str, Run], material: Material, runs: RunJobs, shared_cache: Path
+) -> None:
+    """Dropout draws as one process does, too; where blocks train, ranks share the step."""
+    one, two = (
+        runs([Job("first-dropout", with_dropout(material, shared_cache, 8))], 1)["first-dropout"],
+        pairs["first-dropout"],
+    )
+    whole = "each process computes all of a step"
+    assert whole in log_of(two)
+    assert whole not in log_of(one)
+    assert whole not in log_of(pairs["text-ddp-on"])
+    assert two.series("train/loss") == one.series("train/loss")
+    assert two.series("train/loss") != pairs["first-on"].series("train/loss")
+    assert two.series("train/grad_norm") == one.series("train/grad_norm")
+    for name, value in one.weights().items():
+        assert torch.equal(value, two.weights()[name]), name
 
 
 def test_a_second_run_reuses_what_the_first_stored(pairs: dict[str, Run]) -> None:

@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,6 +63,18 @@ def test_rows_come_back_as_stored(tmp_path: Path, dtype: str, relative: float, n
             assert np.abs(out - row.numpy()).max() <= relative * row.abs().max()
     size = sum(path.stat().st_size for path in tmp_path.glob("*.bin"))
     assert size == made.num_bytes == LENGTHS.sum() * WIDTH * (4 if dtype == "fp32" else 2)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 8])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_rows_without_a_length_come_many_at_once(tmp_path: Path, dtype: str, num_shards: int) -> None:
+    made = replace(layout(dtype, num_shards, lengths=None), piece_shape=(2, WIDTH))
+    rows = list(torch.randn(made.num_rows, 2, WIDTH, generator=torch.Generator().manual_seed(0)))
+    write(tmp_path, made, rows)
+    wanted = [6, 0, 0, 3, 5]
+    kept = torch.stack([rows[index] for index in wanted])
+    kept = kept if dtype == "fp32" else kept.bfloat16().float()
+    assert torch.equal(torch.from_numpy(StoredRows(tmp_path, "train", made).read(wanted)), kept)
 
 
 def assert_stored(folder: Path, made: Layout, rows: list[torch.Tensor]) -> None:
