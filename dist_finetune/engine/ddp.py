@@ -92,8 +92,8 @@ class DdpEngine:
         return [p for group in self.param_groups for p in group["params"]]
 
     def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
-        """DDP reduces in the backward pass of the last micro-batch only. Where each rank computes
-        whole steps, as one process does, there is no DDP around the model."""
+        """DDP reduces in the backward pass of the last micro-batch only. There is none around the model of one process,
+        or of ranks that compute whole steps."""
         if is_last or not isinstance(self._wrapped, nn.parallel.DistributedDataParallel):
             return contextlib.nullcontext()
         return self._wrapped.no_sync()
