@@ -19,7 +19,7 @@ def empty_section(value: Any) -> Any:
 
 StringList = Annotated[tuple[str, ...], BeforeValidator(as_list, json_schema_input_type=str | list[str])]
 DurationS = Annotated[float, BeforeValidator(parse_duration_s, json_schema_input_type=float | str)]
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 AutoOrPositive = Literal["auto"] | PositiveInt
 
 

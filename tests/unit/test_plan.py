@@ -123,8 +123,8 @@ def test_offloading_is_shown_and_named_where_nothing_else_fits(folder):
 
 
 def test_a_micro_batch_that_divides_nothing_names_those_that_do_at_once(folder):
-    spec = spec_of(folder, train={"global_batch_size": 2**59, "micro_batch_size": 3})
-    with pytest.raises(UserError, match=rf"does not divide the {2**58} samples .* use one of 1, 2, 4, .*, {2**58}$"):
+    spec = spec_of(folder, train={"global_batch_size": 2**30, "micro_batch_size": 3})
+    with pytest.raises(UserError, match=rf"does not divide the {2**29} samples .* use one of 1, 2, 4, .*, {2**29}$"):
         rows_per_rank(spec, gpus(2, None))
 
 
