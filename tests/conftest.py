@@ -15,9 +15,11 @@ SHARED = {
     "test_inference.py": "matrix",
     "test_same_numbers.py": "matrix",
     "test_plan_exactness.py": "matrix",
+    "test_launchers_agree.py": "launchers",
+    "test_launch_table.py": "launchers",
 }
 """Files that look at the same runs. The tests of any other file are a group of their own: they share fixtures too."""
-LONG = ("test_invariance.py", "matrix", "test_resume.py", "test_stopping.py", "test_cluster.py")
+LONG = ("test_invariance.py", "matrix", "test_resume.py", "test_stopping.py", "test_cluster.py", "launchers")
 """Groups that start first, so that no core is idle at the end."""
 
 

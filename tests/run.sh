@@ -31,7 +31,7 @@ run() {
     unset status
 }
 ran=0 failed=0
-run -n "${TEST_WORKERS:-2}" -m "not (slow or dist or slurm or gpu)" "$@"
+run -n "${TEST_WORKERS:-2}" -m "not (slow or dist or slurm or gpu or covered)" "$@"
 run -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations=10 \
     -m "(dist or slurm or gpu) and not slow" "$@"
 [ "$failed" = 0 ] || exit "$failed"

@@ -4,7 +4,7 @@ import functools
 from itertools import product
 
 import pytest
-from harness import MATRIX, Job, Matrix, Run, RunJobs, train_jobs
+from harness import MATRIX, Job, Matrix, Run, RunJobs, finish, ten_steps, torchrun, train_jobs
 from material import Material, write_material
 
 
@@ -24,6 +24,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> RunJobs:
         return done
 
     return train
+
+
+@pytest.fixture(scope="session")
+def by_torchrun(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """`ten_steps` by a real torchrun on 2 processes, which every other launcher is compared with."""
+    folder = tmp_path_factory.mktemp("by_torchrun")
+    config = ten_steps(material, folder, "torchrun")
+    done = finish([*torchrun(2), "-m", "dist_finetune", "train", str(config)], 200, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Run(folder / "runs" / "torchrun", ())
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ them once, opens no process group and no model, and forks itself for each rank o
 fresh one. A launch is {"script", "arguments", "num_processes", "port", "folder"}: its ranks run in FOLDER as torchrun
 would start them, and their output and then their common exit status go into files there. The answer is one line, the
 process group to kill. Tests of launchers, signals and start-up start real ones instead.
+
+A launch may have {"env"}, variables for its ranks. What reads a variable while it is imported has read it already.
 """
 
 import gc
@@ -37,9 +39,10 @@ def run_rank(launch: dict[str, Any], rank: int) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "localhost", "MASTER_PORT": str(launch["port"]), "TORCHELASTIC_RUN_ID": "forked",
+        **launch["env"],
     }  # fmt: skip
     sys.argv = [launch["script"], *launch["arguments"]]
-    sys.path.insert(0, str(Path(launch["script"]).parent))
+    sys.path[:0] = [str(Path(launch["script"]).parent), *filter(None, launch["env"].get("PYTHONPATH", "").split(":"))]
     status: object = 0
     try:
         runpy.run_path(launch["script"], run_name="__main__")
@@ -48,6 +51,8 @@ def run_rank(launch: dict[str, Any], rank: int) -> None:
     except BaseException:
         traceback.print_exc()
         status = 1
+    if isinstance(status, str):  # as Python does with words that a program exits with
+        print(status, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status if isinstance(status, int) else 1)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from material import Material
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parents[2]
@@ -137,10 +138,38 @@ def _next_line(process: subprocess.Popen[str], wanted: str) -> str:
     raise AssertionError(f"forked.py ended with {process.wait(30)}; run it by hand to see why")
 
 
-def run_ranks(
-    num_processes: int, script: Path, arguments: Sequence[object], timeout_s: float, folder: Path
-) -> subprocess.CompletedProcess[str]:
-    """Runs a script as the ranks of one job, as `finish([*torchrun(...), ...])` does, with the imports paid already.
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks of one job that `start_ranks` has started."""
+
+    script: Path
+    folder: Path
+    group: int
+
+    def end(self, timeout_s: float) -> subprocess.CompletedProcess[str]:
+        """Waits for all of them; after `timeout_s` they are killed and the test fails."""
+        end_s = time.monotonic() + timeout_s
+        while self.are_running and time.monotonic() < end_s:
+            time.sleep(0.02)
+        out, err = ((self.folder / f"ranks.{name}").read_text("utf-8", "replace") for name in ("out", "err"))
+        if not (self.folder / "ranks.status").exists():
+            self.signal(signal.SIGKILL)
+            pytest.fail(f"{self.script.name} took more than {timeout_s} s, or was killed\n{out[-3000:]}\n{err[-3000:]}")
+        status = int((self.folder / "ranks.status").read_text(encoding="utf-8"))
+        return subprocess.CompletedProcess([str(self.script)], status, out, err)
+
+    @property
+    def are_running(self) -> bool:
+        return Path(f"/proc/{self.group}").exists()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to each of them, and to the process that waits for them."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.group, number)
+
+
+def start_ranks(num_processes: int, script: Path, arguments: Sequence[object], folder: Path, **env: str) -> Ranks:
+    """Starts a script as the ranks of one job, as torchrun does, with the imports paid already (forked.py).
 
     `folder` is theirs alone while they run.
     """
@@ -148,46 +177,40 @@ def run_ranks(
         free.bind(("localhost", 0))
         launch = {
             "script": str(script), "arguments": [str(word) for word in arguments], "num_processes": num_processes,
-            "port": free.getsockname()[1], "folder": str(folder),
+            "port": free.getsockname()[1], "folder": str(folder), "env": env,
         }  # fmt: skip
         process = _forking()
         assert process.stdin is not None
         (folder / "ranks.status").unlink(missing_ok=True)
         free.close()
         print(json.dumps(launch), file=process.stdin, flush=True)
-        group = int(_next_line(process, "a number"))
-    end_s = time.monotonic() + timeout_s
-    while Path(f"/proc/{group}").exists() and time.monotonic() < end_s:
-        time.sleep(0.02)
-    if not (folder / "ranks.status").exists():
-        with suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-        out, err = _written(folder)
-        pytest.fail(f"{script.name} took more than {timeout_s} s, or was killed\n{out[-3000:]}\n{err[-3000:]}")
-    status = int((folder / "ranks.status").read_text(encoding="utf-8"))
-    return subprocess.CompletedProcess([str(script)], status, *_written(folder))
+        return Ranks(script, folder, int(_next_line(process, "a number")))
+
+
+def run_ranks(
+    num_processes: int, script: Path, arguments: Sequence[object], timeout_s: float, folder: Path, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """`start_ranks`, and waits for their end: what `finish([*torchrun(...), ...])` does."""
+    return start_ranks(num_processes, script, arguments, folder, **env).end(timeout_s)
+
+
+def start_apart(
+    rank: int, world_size: int, port: int, code: str, folder: Path, arguments: Sequence[object] = (), **env: str
+) -> Ranks:
+    """Starts one rank of a job whose ranks, as far as they can tell, are each alone on their machine and were started
+    by hand. `folder` is this rank's alone."""
+    folder.mkdir(exist_ok=True)
+    (folder / "code.py").write_text(code, encoding="utf-8")
+    names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+    by_hand = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "", **{k: str(v) for k, v in names.items()}}
+    return start_ranks(1, folder / "code.py", arguments, folder, **by_hand, **env)
 
 
 def command(
-    *words: object, folder: Path, num_processes: int = 1, timeout_s: float = 200
+    *words: object, folder: Path, num_processes: int = 1, timeout_s: float = 200, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs `dist-finetune WORDS` in `folder` as the ranks of one job, with the imports paid already."""
-    return run_ranks(num_processes, COMMAND, words, timeout_s, folder)
-
-
-def _written(folder: Path) -> tuple[str, str]:
-    out, err = ((folder / name).read_text(encoding="utf-8", errors="replace") for name in ("ranks.out", "ranks.err"))
-    return out, err
-
-
-def outputs(processes: Sequence[subprocess.Popen[str]], timeout_s: float) -> list[tuple[str, str]]:
-    """stdout and stderr of each process, once it has ended; none is left, whatever happens."""
-    try:
-        return [process.communicate(timeout=timeout_s) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    return run_ranks(num_processes, COMMAND, words, timeout_s, folder, **env)
 
 
 def free_port() -> int:
@@ -210,21 +233,29 @@ def write_config(path: Path, config: dict[str, Any], **top: Any) -> Path:
     return path
 
 
+def ten_steps(material: Material, folder: Path, name: str) -> Path:
+    """The config file of a run of ten steps at ZeRO-2."""
+    config = material.text(shard={"strategy": "zero2"}, train={"epochs": 1})
+    return write_config(folder / f"{name}.yaml", config, output=str(folder / "runs"))
+
+
 def train_jobs(
     jobs: Sequence[Job], num_processes: int, folder: Path, timeout_s: float = 600, worker: Path = WORKER, **env: str
 ) -> dict[str, Run]:
-    """Trains the jobs one after the other in one process group; what each left, by its name. With variables of its own
-    (`env`) the group is started by torchrun."""
+    """Trains the jobs one after the other in one process group; what each left, by its name.
+
+    `env` are variables of theirs. With one that names a device they are started by torchrun.
+    """
     listed = []
     for job in jobs:
         config = write_config(folder / f"{job.name}.yaml", job.config, name=job.name, output=str(folder / "runs"))
         listed.append({"name": job.name, "config": str(config), "by_rank": job.by_rank or {}})
     (folder / "jobs.json").write_text(json.dumps(listed))
     arguments = [str(folder / "jobs.json"), str(folder / "results.json")]
-    if env:
+    if "DS_ACCELERATOR" in env:
         done = finish([*torchrun(num_processes), str(worker), *arguments], timeout_s, folder, **env)
     else:
-        done = run_ranks(num_processes, worker, arguments, timeout_s, folder)
+        done = run_ranks(num_processes, worker, arguments, timeout_s, folder, **env)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     results = [read_json(folder / f"results.json.{rank}") for rank in range(num_processes)]
     return {job.name: Run(folder / "runs" / job.name, tuple(r[job.name] for r in results)) for job in jobs}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import REPOSITORY, clean_environment, free_port, read_json, read_lines, torchrun, write_config
+from harness import REPOSITORY, clean_environment, command, free_port, read_json, read_lines, torchrun, write_config
 from material import Material
 
 TOKEN = "FAULT_TEST_TOKEN"
@@ -122,6 +122,14 @@ def started(command: Sequence[str], folder: Path, material: Material, **env: str
         job.end()
 
 
+def train_to_the_end(config: Path, folder: Path, material: Material, *words: str, **env: str) -> None:
+    """Trains a config of `faulty_config` on 2 processes, where starting them is not what a test is about."""
+    done = command(
+        "train", config, *words, folder=folder, num_processes=2, timeout_s=120, **faulty_environment(material), **env
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def wait_for(condition: Callable[[], object], timeout_s: float, what: Callable[[], str]) -> None:
     """Waits until `condition` holds; fails with `what` after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
@@ -175,5 +183,5 @@ def wait_for_step(job: JobProcess, run: Path, step: int, timeout_s: float = 90) 
 __all__ = [
     "HANDLED", "PROGRAMS", "JobProcess", "accelerate_command", "deepspeed_command", "faulty_config",
     "faulty_environment", "hears_of_signals", "last_step", "mpirun_command", "needs_mpirun", "read_json", "run_command",
-    "started", "torchrun_command", "wait_for", "wait_for_step", "write_config",
+    "started", "torchrun_command", "train_to_the_end", "wait_for", "wait_for_step", "write_config",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import no_page  # noqa: F401
 import torch.distributed as dist
 
 from dist_finetune import stopping

@@ -1,13 +1,12 @@
 """Training from stored activations: the same numbers as without, the export complete, the store shared by runs."""
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import STRATEGIES, Job, Run, RunJobs, finish, read_json, write_config
+from harness import STRATEGIES, Job, Run, RunJobs, read_json, run_ranks, write_config
 from material import NUM_TRAIN, NUM_VALIDATION, Material, write_sentences
 
 from dist_finetune.cache.tokens import STORE_FROM_ROWS
@@ -175,7 +174,8 @@ train(load_spec(sys.argv[1], sys.argv[2:]))
 
 def test_auto_goes_without_where_the_disk_is_too_slow_and_stays_so(material: Material, tmp_path: Path) -> None:
     path = write_config(tmp_path / "slow.yaml", material.text(), name="slow", output=str(tmp_path / "runs"))
-    done = finish([sys.executable, "-c", SLOW_DISK_RUN, str(path)], 200, tmp_path)
+    (tmp_path / "slow.py").write_text(SLOW_DISK_RUN, encoding="utf-8")
+    done = run_ranks(1, tmp_path / "slow.py", [path], 200, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     run = Run(tmp_path / "runs" / "slow", ())
     assert re.search(r"note: no cache: it would not pay: .* s is all that it would spare: 2 passes of ", log_of(run))

@@ -1,17 +1,14 @@
 """One cache for several jobs and nodes: filled once, taken over from a job that is gone, refused where it can't be."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import REPOSITORY, Job, Run, RunJobs, clean_environment, run_ranks, write_config
+from harness import REPOSITORY, Job, Ranks, Run, RunJobs, run_ranks, start_ranks, write_config
 from material import Material
 
 pytestmark = pytest.mark.dist
@@ -31,31 +28,28 @@ train(load_spec(sys.argv[1], sys.argv[2:]))
 @pytest.fixture
 def start(material: Material, tmp_path: Path) -> Any:
     """Starts a job by its name, all on one cache folder, which takes some seconds to fill; ends what is left."""
-    started: dict[str, subprocess.Popen[bytes]] = {}
+    started: list[Ranks] = []
 
-    def begin(name: str) -> subprocess.Popen[bytes]:
+    def begin(name: str) -> Ranks:
         config = material.text(train={"eval_batch_size": 4})
         more = {"name": name, "output": str(tmp_path / "runs"), "shard": {"strategy": "ddp"}}
         cache = {"mode": "on", "folder": str(tmp_path / "cache")}
         path = write_config(tmp_path / f"{name}.yaml", config, cache=cache, **more)
-        with (tmp_path / f"{name}.out").open("wb") as out:
-            started[name] = subprocess.Popen(
-                [sys.executable, "-c", SLOW_JOB, str(path)], env=clean_environment(), cwd=tmp_path,
-                stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        return started[name]
+        script, folder = tmp_path / "slow_job.py", tmp_path / name
+        script.write_text(SLOW_JOB, encoding="utf-8")
+        folder.mkdir()
+        started.append(start_ranks(1, script, [path], folder))
+        return started[-1]
 
     yield begin
-    for process in started.values():
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
+    for job in started:
+        job.signal(signal.SIGKILL)
 
 
-def test_two_jobs_at_once_fill_one_entry(start: Callable[[str], Any], tmp_path: Path, plain: Run) -> None:
+def test_two_jobs_at_once_fill_one_entry(start: Callable[[str], Ranks], tmp_path: Path, plain: Run) -> None:
     """As the tasks of a sweep do: one pays for the prefix, the other waits for it, and both train as without."""
-    processes = [start(name) for name in ("one", "other")]
-    assert [process.wait(200) for process in processes] == [0, 0], outputs(tmp_path)
+    for job in [start(name) for name in ("one", "other")]:
+        assert_success(job)
     logs = sorted(logs_of(tmp_path).values(), key=lambda log: "cache reused" in log)
     assert ["cache built" in log for log in logs] == [True, False]
     assert "another job is filling this cache" in logs[1]
@@ -64,15 +58,15 @@ def test_two_jobs_at_once_fill_one_entry(start: Callable[[str], Any], tmp_path: 
 
 
 def test_a_job_that_is_killed_leaves_its_half_to_the_next(
-    start: Callable[[str], Any], tmp_path: Path, plain: Run
+    start: Callable[[str], Ranks], tmp_path: Path, plain: Run
 ) -> None:
     first = start("killed")
     wait_for(lambda: list(tmp_path.glob("cache/.*/train-00000.bin")), 100)
     second = start("next")
     time.sleep(1)
-    first.kill()
-    first.wait(30)
-    assert second.wait(200) == 0, outputs(tmp_path)
+    first.signal(signal.SIGKILL)
+    wait_for(lambda: not first.are_running, 30)
+    assert_success(second)
     assert "cache built" in logs_of(tmp_path)["next"]
     (entry,) = (tmp_path / "cache").iterdir()
     assert not entry.name.startswith(".")
@@ -80,16 +74,17 @@ def test_a_job_that_is_killed_leaves_its_half_to_the_next(
 
 
 def test_a_job_that_stood_still_trains_on_what_another_filled_meanwhile(
-    start: Callable[[str], Any], tmp_path: Path, plain: Run
+    start: Callable[[str], Ranks], tmp_path: Path, plain: Run
 ) -> None:
     first = start("still")
     wait_for(lambda: list(tmp_path.glob("cache/.*/train-00000.bin")), 100)
     time.sleep(1)
-    first.send_signal(signal.SIGSTOP)
+    first.signal(signal.SIGSTOP)
     second = start("awake")
     wait_for(lambda: list(tmp_path.glob("cache/.*.turn-1")), 100)
-    first.send_signal(signal.SIGCONT)
-    assert [process.wait(200) for process in (first, second)] == [0, 0], outputs(tmp_path)
+    first.signal(signal.SIGCONT)
+    for job in (first, second):
+        assert_success(job)
     logs = logs_of(tmp_path)
     assert "cache built" in logs["awake"]
     assert "another one fills the cache" in logs["still"]
@@ -172,8 +167,9 @@ def logs_of(folder: Path) -> dict[str, str]:
     return {path.parent.name: path.read_text(encoding="utf-8") for path in folder.glob("runs/*/log.txt")}
 
 
-def outputs(folder: Path) -> str:
-    return "\n".join(path.read_text(errors="replace")[-2000:] for path in folder.glob("*.out"))
+def assert_success(job: Ranks) -> None:
+    done = job.end(200)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from harness import REPOSITORY, Run, read_json, read_lines, run_ranks, write_config
-from job_process import faulty_config, faulty_environment, run_command, started, wait_for_step
+from job_process import faulty_config, faulty_environment, run_command, started, train_to_the_end, wait_for_step
 from material import Material
 
 from dist_finetune.checkpoint.layout import checkpoint_folders
@@ -84,13 +84,11 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(material: Material, small_disk
     assert 3 < len(saved) < 25
     assert [damage(folder) for folder in saved] == [None] * len(saved)
     subprocess.run(["mount", "-o", "remount,size=200m,nr_inodes=2000", str(small_disk)], check=True, timeout=30)
-    with started(run_command(config), tmp_path, material) as job:
-        assert job.wait(90) == 0, job.output()[-3000:]
+    train_to_the_end(config, tmp_path, material)
     straight = write_config(
         tmp_path / "straight.yaml", faulty_config(material, **changes), name="straight", output=str(tmp_path / "runs")
     )
-    with started(run_command(straight), tmp_path, material) as job:
-        assert job.wait(90) == 0, job.output()[-3000:]
+    train_to_the_end(straight, tmp_path, material)
     a, b = Run(run, ()), Run(tmp_path / "runs" / "straight", ())
     assert read_json(run / "summary.json")["attempts"] == 2
     assert all(torch.equal(a.weights()[name], tensor) for name, tensor in b.weights().items())

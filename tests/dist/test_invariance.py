@@ -11,8 +11,6 @@ from invariance.cases import FREEZES, MODELS, ROWS, STRATEGIES, WORLD_SIZES, Cas
 from invariance.compare import TOLERANCES, Outcome, beyond, compare
 from invariance.suite import run_cases
 
-NUM_FEW, NUM_PAIRWISE = 24, 122  # with its 30 references the cover is about 150 trainings
-
 
 def _check(cases: list[Case], folder: Path, timeout_s: float, num_gpus: int = 0) -> None:
     results = run_cases(cases, folder, timeout_s, num_gpus)
@@ -22,13 +20,14 @@ def _check(cases: list[Case], folder: Path, timeout_s: float, num_gpus: int = 0)
     assert {result.case for result in compared} >= {case for case in cases if case.strategy != "ddp"}
 
 
+@pytest.mark.covered
 def test_a_few_ways_at_one_and_two_processes(tmp_path: Path) -> None:
-    _check(few(NUM_FEW), tmp_path, 900)
+    _check(few(), tmp_path, 900)
 
 
 @pytest.mark.dist
 def test_every_pair_of_choices(tmp_path: Path) -> None:
-    _check(pairwise(NUM_PAIRWISE), tmp_path, 1800)
+    _check(pairwise(), tmp_path, 1800)
 
 
 @pytest.mark.dist
@@ -37,13 +36,14 @@ def test_a_few_ways_on_gpus(tmp_path: Path) -> None:
     num_gpus = torch.cuda.device_count()
     if not num_gpus:
         pytest.skip("needs CUDA devices: the same numbers with NCCL and GPU kernels, at the tolerances of compare.py")
-    _check([case for case in few(NUM_FEW) if case.world_size <= num_gpus], tmp_path, 900, num_gpus)
+    _check([case for case in few() if case.world_size <= num_gpus], tmp_path, 900, num_gpus)
 
 
 def test_covers_hold_what_they_promise() -> None:
-    product, cover, small = full_product(), pairwise(NUM_PAIRWISE), few(NUM_FEW)
+    product, cover, small = full_product(), pairwise(), few()
     assert len(product) > 3000
-    assert len(cover) == len(set(cover)) == NUM_PAIRWISE
+    assert len(cover) == len(set(cover)) == 122
+    assert set(small) <= set(cover)
     shared_out = [c for c in cover if c.world_size > 1]
     sharded = {(c.freeze, c.strategy) for c in product if not c.strategy.endswith("offload")}
     assert {(c.freeze, c.strategy) for c in shared_out} >= sharded

@@ -11,27 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Run, clean_environment, finish, free_port, torchrun, write_config
+from harness import Run, clean_environment, finish, free_port, ten_steps
 from job_process import mpirun_command, needs_mpirun
 from material import Material
 
 pytestmark = pytest.mark.dist
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 WORKER = ["-m", "dist_finetune", "train"]
-
-
-def config(material: Material, folder: Path, name: str) -> Path:
-    """Ten steps of a run at ZeRO-2."""
-    content = material.text(shard={"strategy": "zero2"}, train={"epochs": 1})
-    return write_config(folder / f"{name}.yaml", content, output=str(folder / "runs"))
-
-
-@pytest.fixture(scope="module")
-def reference(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("reference")
-    done = finish([*torchrun(2), *WORKER, str(config(material, folder, "reference"))], 200, folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return Run(folder / "runs" / "reference", ())
 
 
 def assert_same(run: Run, reference: Run) -> None:
@@ -44,32 +30,32 @@ def assert_same(run: Run, reference: Run) -> None:
 
 
 @needs_mpirun
-def test_mpirun(material: Material, reference: Run, tmp_path: Path) -> None:
-    done = finish(mpirun_command(config(material, tmp_path, "mpirun")), 200, tmp_path)
+def test_mpirun(material: Material, by_torchrun: Run, tmp_path: Path) -> None:
+    done = finish(mpirun_command(ten_steps(material, tmp_path, "mpirun")), 200, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(Run(tmp_path / "runs" / "mpirun", ()), reference)
+    assert_same(Run(tmp_path / "runs" / "mpirun", ()), by_torchrun)
 
 
 @needs_mpirun
 def test_mpirun_without_a_meeting_point_is_told_how(material: Material, tmp_path: Path) -> None:
-    done = finish(mpirun_command(config(material, tmp_path, "lost"), meeting=False), 120, tmp_path)
+    done = finish(mpirun_command(ten_steps(material, tmp_path, "lost"), meeting=False), 120, tmp_path)
     assert done.returncode != 0
     assert "mpirun -x MASTER_ADDR=" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
-def test_elastic_torchrun_with_as_many_machines_as_come(material: Material, reference: Run, tmp_path: Path) -> None:
-    path = config(material, tmp_path, "elastic")
+def test_elastic_torchrun_with_as_many_machines_as_come(material: Material, by_torchrun: Run, tmp_path: Path) -> None:
+    path = ten_steps(material, tmp_path, "elastic")
     elastic = ["--nnodes=1:4", "--nproc-per-node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
     # An elastic start waits a while for more machines; here none will come.
     command = [*TORCHRUN, *elastic, "--rdzv-conf=last_call_timeout=1", *WORKER, str(path)]
     done = finish(command, 200, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(Run(tmp_path / "runs" / "elastic", ()), reference)
+    assert_same(Run(tmp_path / "runs" / "elastic", ()), by_torchrun)
 
 
-def test_a_torchrun_on_each_of_two_machines(material: Material, reference: Run, tmp_path: Path) -> None:
-    path = config(material, tmp_path, "two")
+def test_a_torchrun_on_each_of_two_machines(material: Material, by_torchrun: Run, tmp_path: Path) -> None:
+    path = ten_steps(material, tmp_path, "two")
     port = free_port()
     nodes = [
         subprocess.Popen(
@@ -90,4 +76,4 @@ def test_a_torchrun_on_each_of_two_machines(material: Material, reference: Run, 
                 os.killpg(node.pid, signal.SIGKILL)
             node.communicate()
     assert [node.returncode for node in nodes] == [0, 0], errors[0][-3000:]
-    assert_same(Run(tmp_path / "runs" / "two", ()), reference)
+    assert_same(Run(tmp_path / "runs" / "two", ()), by_torchrun)

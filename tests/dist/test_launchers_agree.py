@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import REPOSITORY, Run, finish, torchrun, write_config
+from harness import REPOSITORY, Run, command, finish, ten_steps, write_config
 from material import Material
 
 pytestmark = pytest.mark.dist
@@ -17,7 +17,6 @@ CPU_2 = str(REPOSITORY / "launch" / "accelerate" / "cpu_2.yaml")
 DEEPSPEED = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29571"]
 LAUNCHERS = {
     "run": [sys.executable, "-m", "dist_finetune", "run", "CONFIG", "--processes", "2"],
-    "torchrun": [*torchrun(2), "-m", "dist_finetune", "train", "CONFIG"],
     "accelerate": [*ACCELERATE, "--config_file", CPU_2, "-m", "dist_finetune", "train", "CONFIG"],
     "accelerate-deepspeed": [
         *ACCELERATE, "--num_processes", "2", "--main_process_port", "0", "--use_deepspeed", "--zero_stage", "2",
@@ -32,11 +31,10 @@ def launched(material: Material, tmp_path_factory: pytest.TempPathFactory) -> di
     """A run of 2 processes at ZeRO-2 by each launcher; one after the other."""
     folder = tmp_path_factory.mktemp("launched")
     found = {}
-    for name, command in LAUNCHERS.items():
-        config = material.text(shard={"strategy": "zero2"}, train={"epochs": 1})
-        path = write_config(folder / f"{name}.yaml", config, output=str(folder / "runs"))
+    for name, words in LAUNCHERS.items():
+        path = ten_steps(material, folder, name)
         done = finish(
-            [str(path) if word == "CONFIG" else word for word in command],
+            [str(path) if word == "CONFIG" else word for word in words],
             200,
             folder,
             PATH=f"{BIN}:{os.environ['PATH']}",
@@ -46,9 +44,9 @@ def launched(material: Material, tmp_path_factory: pytest.TempPathFactory) -> di
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in LAUNCHERS if name != "torchrun"])
-def test_the_same_numbers_under_every_launcher(launched: dict[str, Run], name: str) -> None:
-    reference, run = launched["torchrun"], launched[name]
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_same_numbers_under_every_launcher(launched: dict[str, Run], by_torchrun: Run, name: str) -> None:
+    reference, run = by_torchrun, launched[name]
     assert run.summary["world_size"] == reference.summary["world_size"] == 2
     for key in ("train/loss", "train/lr", "train/grad_norm", "eval/loss", "eval/accuracy", "progress/samples"):
         assert len(run.series(key)) == (2 if key.startswith("eval") else 10)
@@ -68,26 +66,25 @@ def test_what_a_launcher_brings_against_the_config_is_named(material: Material, 
     config = write_config(
         tmp_path / "c.yaml", material.text(shard={"strategy": "zero2"}), output=str(tmp_path / "runs")
     )
-    command = [
-        *ACCELERATE, "--num_processes", "2", "--main_process_port", "0", "--use_deepspeed", "--zero_stage", "3",
+    words = [
+        *ACCELERATE, "--num_processes", "1", "--main_process_port", "0", "--use_deepspeed", "--zero_stage", "3",
         "--mixed_precision", "bf16", "--gradient_accumulation_steps", "7",
         "-m", "dist_finetune", "train", str(config),
     ]  # fmt: skip
-    done = finish(command, 200, tmp_path)
+    done = finish(words, 200, tmp_path)
     assert done.returncode != 0
-    for words in (
+    for said in (
         "ACCELERATE_DEEPSPEED_ZERO_STAGE=3 (--zero_stage), but the run uses zero2: write shard.strategy: zero3",
         "ACCELERATE_MIXED_PRECISION=bf16 (--mixed_precision), but the run trains in fp32",
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=7",
     ):
-        assert words in done.stderr
+        assert said in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
 def test_the_local_rank_that_deepspeed_puts_first(material: Material, tmp_path: Path) -> None:
     small = material.text(train={"max_steps": 1, "warmup": 0})
     config = write_config(tmp_path / "c.yaml", small, output=str(tmp_path / "runs"))
-    command = [sys.executable, "-m", "dist_finetune", "--local_rank=0", "train", str(config)]
-    done = finish(command, 120, tmp_path)
+    done = command("--local_rank=0", "train", config, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert Run(tmp_path / "runs" / "c", ()).summary["status"] == "finished"

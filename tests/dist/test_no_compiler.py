@@ -12,7 +12,7 @@ from material import Material
 pytestmark = pytest.mark.dist
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+@pytest.mark.parametrize("strategy", [pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
 def test_trains_without_a_compiler(material: Material, tmp_path: Path, strategy: str) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()

@@ -18,16 +18,6 @@ from dist_finetune.spec_file import load_spec
 COMMAND = [sys.executable, "-m", "dist_finetune", "selfcheck"]
 
 
-@pytest.mark.dist
-def test_it_says_yes_and_leaves_nothing_behind(material: Material, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "c.yaml", material.text(shard={"strategy": "fsdp"}), output=str(tmp_path / "runs"))
-    done = finish([*COMMAND, str(config), "--processes", "2", "--steps", "5", "train.warmup=100"], 300, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "5 steps on 1 process with ddp and on 2 with fsdp: yes, the same numbers" in done.stdout
-    assert "21 frozen tensors compared byte for byte" in done.stdout
-    assert list((tmp_path / "runs").iterdir()) == []
-
-
 PHASES = [
     {"name": "head", "freeze": "backbone", "epochs": 5, "until": "plateau", "warmup": 50},
     {"name": "all", "freeze": {"embeddings": True}, "epochs": 9},
@@ -35,15 +25,25 @@ PHASES = [
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("phases", "frozen"), [(PHASES, 5), pytest.param("lp-ft", 21, marks=pytest.mark.slow)])
-def test_it_passes_through_all_phases(material: Material, tmp_path: Path, phases: Any, frozen: int) -> None:
-    """Both runs end in the second: what the first freezes and the second trains is no frozen tensor."""
-    config = material.text(phases=phases, **({} if phases == "lp-ft" else {"freeze": None}))
+@pytest.mark.parametrize(
+    ("changes", "strategy", "frozen"),
+    [
+        ({"phases": PHASES, "freeze": None}, "fsdp", 5),
+        pytest.param({"phases": "lp-ft"}, "zero2", 21, marks=pytest.mark.slow),
+        pytest.param({"train": {"warmup": 100}}, "zero2", 21, marks=pytest.mark.slow),
+    ],
+)
+def test_it_says_yes_and_leaves_nothing_behind(
+    material: Material, tmp_path: Path, changes: dict[str, Any], strategy: str, frozen: int
+) -> None:
+    """Through all phases, too: what the first freezes and the second trains is no frozen tensor."""
+    config = material.text(**changes, shard={"strategy": strategy})
     path = write_config(tmp_path / "c.yaml", config, output=str(tmp_path / "runs"))
-    done = finish([*COMMAND, str(path), "--processes", "2", "--steps", "6", "shard.strategy=zero2"], 400, tmp_path)
+    done = finish([*COMMAND, str(path), "--processes", "2", "--steps", "6"], 400, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "6 steps on 1 process with ddp and on 2 with zero2: yes, the same numbers" in done.stdout
+    assert f"6 steps on 1 process with ddp and on 2 with {strategy}: yes, the same numbers" in done.stdout
     assert f"{frozen} frozen tensors compared byte for byte" in done.stdout
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 @pytest.mark.parametrize("freeze", ["backbone", {"rule": "backbone", "dtype": "bf16"}])

@@ -20,12 +20,14 @@ from job_process import (
     accelerate_command,
     deepspeed_command,
     faulty_config,
+    faulty_environment,
     hears_of_signals,
     mpirun_command,
     needs_mpirun,
     run_command,
     started,
     torchrun_command,
+    train_to_the_end,
     wait_for,
     wait_for_step,
     write_config,
@@ -82,8 +84,8 @@ def test_run_stops_on_a_signal_and_goes_on(
     with started(run_command(config), tmp_path, material) as job:
         wait_for_step(job, run, step + 2)
         assert f"going on from step-{step:06d}" in job.output()
-        job.process.send_signal(number)
-        assert job.wait(30) == 75
+        (run / "STOP").touch()
+        check_stopped(job, run, job.wait(30), "the file STOP", num_checkpoints=2)
 
 
 @pytest.mark.parametrize(
@@ -166,13 +168,15 @@ def test_deepspeed_that_is_ended_takes_its_workers_along(
         check_stopped(job, run, 0, "SIGTERM", expected_code=0)
 
 
-def test_a_file_and_a_time_limit_stop_too(make_config: Callable[..., Path], material: Material, tmp_path: Path) -> None:
-    config, run = make_config(**LONG), tmp_path / "runs" / "job"
-    with started(run_command(config), tmp_path, material) as job:
-        wait_for_step(job, run, 3)
-        (run / "STOP").touch()
-        step = check_stopped(job, run, job.wait(30), "the file STOP")
-    refused = command("train", config, "launch.time_limit=1 s", folder=tmp_path)
+def test_a_time_limit_stops_too(make_config: Callable[..., Path], material: Material, tmp_path: Path) -> None:
+    """And resume takes another one; a file STOP that is still there is the last stop's."""
+    config, run = make_config(**LONG, launch={"time_limit": "5 s"}), tmp_path / "runs" / "job"
+    first = command("train", config, folder=tmp_path, num_processes=2, **faulty_environment(material))
+    assert first.returncode == 75, first.stderr[-3000:]
+    (checkpoint,) = checkpoint_folders(run)
+    step = int(checkpoint.name.removeprefix("step-"))
+    (run / "STOP").touch()
+    refused = command("train", config, "launch.time_limit=1 s", folder=tmp_path, **faulty_environment(material))
     assert refused.returncode == 2, "time_limit is part of the config, and resume is what takes another one"
     assert "dist-finetune resume" in refused.stderr
     resume = [*run_command(config)[:3], "resume", str(run), "launch.time_limit=12 s", "--processes", "2"]
@@ -317,8 +321,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_what_was_before(
     kept = [f"step-{int(found[1]) - back:06d}" for back in (1, 2, 3)]
     assert [folder.name for folder in checkpoint_folders(run)] == kept
     assert read_json(run / "summary.json")["status"] == "failed"
-    with started(run_command(config), tmp_path, material) as job:
-        assert job.wait(60) == 0
+    train_to_the_end(config, tmp_path, material)
 
 
 def test_a_cache_that_is_half_filled_is_kept_and_filled_up(
@@ -336,12 +339,10 @@ def test_a_cache_that_is_half_filled_is_kept_and_filled_up(
     noted = [read_json(path)["rows"] for path in tmp_path.glob("cache/.*/train-*.json")]
     assert len(noted) == 2
     assert all(0 < rows < 75 for rows in noted)
-    with started(run_command(config), tmp_path, material) as job:
-        assert job.wait(60) == 0
+    train_to_the_end(config, tmp_path, material)
     (kept,) = (tmp_path / "cache").iterdir()
     straight = make_config(cache={"mode": "on", "folder": str(tmp_path / "straight")}, train=train)
-    with started([*run_command(straight), "--fresh"], tmp_path, material) as job:
-        assert job.wait(60) == 0
+    train_to_the_end(straight, tmp_path, material, "--fresh")
     (whole,) = (tmp_path / "straight").iterdir()
     assert kept.name == whole.name
     for path in sorted(whole.glob("*.bin")):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from harness import finish, torchrun, write_config
+from harness import run_ranks, write_config
 
 pytestmark = pytest.mark.dist
 
@@ -41,8 +41,7 @@ def try_out(material, tmp_path, spare_mib: int, global_batch_size: int, image_si
     train = {"global_batch_size": global_batch_size, "micro_batch_size": "auto"}
     config = write_config(tmp_path / "c.yaml", material.image(train=train, data={"image_size": image_size}), name="t")
     (tmp_path / "try.py").write_text(TRY)
-    command = [*torchrun(2), str(tmp_path / "try.py"), str(config), str(tmp_path / "out"), str(spare_mib * 2**20)]
-    done = finish(command, 200, tmp_path)
+    done = run_ranks(2, tmp_path / "try.py", [config, tmp_path / "out", spare_mib * 2**20], 200, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((tmp_path / f"out.{rank}").read_text()) for rank in (0, 1)]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import no_page  # noqa: F401
 import torch
 import torch.distributed as dist
 

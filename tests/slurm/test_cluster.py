@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from harness import command, finish, read_json, read_lines, torchrun
+from harness import command, read_json, read_lines
 from job_process import faulty_config, faulty_environment
 from material import Material
 from slurm_cluster import SCRIPT, Cluster, WriteConfig, losses, wait_until
@@ -58,10 +58,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
         if key not in found:
             folder = tmp_path_factory.mktemp("straight")
             words = ("train", str(config), "name=straight", "track.wandb=off")
-            if env:
-                done = finish([*torchrun(2), "-m", "dist_finetune", *words], 240, folder, **env)
-            else:
-                done = command(*words, folder=folder, num_processes=2, timeout_s=240)
+            done = command(*words, folder=folder, num_processes=2, timeout_s=240, **env)
             assert done.returncode == 0, done.stderr[-3000:]
             found[key] = losses(folder / "runs" / "straight")
         return found[key]

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import wandb
-from harness import finish, free_port, outputs
+from harness import finish, free_port, start_apart
 from job_process import PROGRAMS, accelerate_command, deepspeed_command, mpirun_command, needs_mpirun, torchrun_command
 
 from dist_finetune.cache.decide import CacheDecision
@@ -57,7 +55,8 @@ except UserError as error:
 # A rank on a machine of its own, as far as it can tell, on which something is wrong.
 EXAMINE = """
 import importlib.metadata, os, socket, sys, time
-rank, faults = int(os.environ["RANK"]), sys.argv[1:]
+rank, own, *faults = int(os.environ["RANK"]), *sys.argv[1:]
+os.chdir(own)
 socket.gethostname = lambda: f"n{rank}"
 if f"clock-{rank}" in faults:
     real_time = time.time
@@ -329,13 +328,6 @@ def test_the_interface_that_reaches_a_host_is_named() -> None:
     assert "not found" in interface_to("no.such.host.invalid")
 
 
-def environment(rank: int, port: int, world_size: int = 3) -> dict[str, str]:
-    repository = str(Path(__file__).parents[2])
-    names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
-    fixed = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": repository}
-    return {**os.environ, **fixed, **{k: str(v) for k, v in names.items()}}
-
-
 def test_a_task_that_can_not_go_on_gives_its_own_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """srun and mpirun set no RANK, and a second task of a machine doesn't look at it again."""
     for name, value in {"RANK": 1, "SIZE": 2, "LOCAL_RANK": 1, "LOCAL_SIZE": 2}.items():
@@ -371,21 +363,15 @@ def test_alone_it_looks_at_what_run_would_start_here(planned: Plan, monkeypatch:
 
 
 @pytest.mark.dist
-def test_absent_ranks_are_named_by_those_that_are_there() -> None:
+def test_absent_ranks_are_named_by_those_that_are_there(tmp_path: Path) -> None:
     port = free_port()
-    workers = [
-        subprocess.Popen([sys.executable, "-c", JOIN], env=environment(rank, port), text=True, stderr=subprocess.PIPE)
-        for rank in (0, 2)
-    ]
-    for _, text in outputs(workers, 90):
-        assert "refused: rank 1 of 3 did not arrive within 4 s (node 1, counted from 0)" in text
+    for machine in [start_apart(rank, 3, port, JOIN, tmp_path / f"n{rank}") for rank in (0, 2)]:
+        assert "refused: rank 1 of 3 did not arrive within 4 s (node 1, counted from 0)" in machine.end(90).stderr
 
 
 @pytest.mark.dist
-def test_a_first_rank_that_is_absent_is_named() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", JOIN], env=environment(1, free_port(), 2), text=True, capture_output=True, timeout=90
-    )
+def test_a_first_rank_that_is_absent_is_named(tmp_path: Path) -> None:
+    done = start_apart(1, 2, free_port(), JOIN, tmp_path).end(90)
     assert done.returncode == 1
     assert "found nobody at 127.0.0.1:" in done.stderr
     assert "rank 0 is absent" in done.stderr
@@ -421,19 +407,17 @@ def test_two_ranks_are_examined_together(tmp_path: Path, command: Callable[[Path
 
 def examined(folder: Path, faults: Sequence[str], shared: bool) -> tuple[list[int], str]:
     """Exit codes of a doctor on three ranks, each on a machine of its own, and what rank 0 said."""
-    port = free_port()
-    workers = []
+    port, machines = free_port(), []
     for rank in range(3):
         own = folder if shared else folder / f"n{rank}"
         own.mkdir(exist_ok=True)
         if f"blocked-{rank}" in faults:
             (own / "runs").write_text("a file where the folder should be")
-        env = {**environment(rank, port), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "HF_HOME": str(own / "hub")}
-        command = [sys.executable, "-c", EXAMINE, *faults]
-        workers.append(subprocess.Popen(command, env=env, cwd=own, text=True, stdout=-1, stderr=-1))
-    said = outputs(workers, 120)
-    assert not any(out for out, _ in said[1:]), "rank 0 speaks for all"
-    return [worker.returncode for worker in workers], said[0][0] + said[0][1]
+        env = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "HF_HOME": str(own / "hub")}
+        machines.append(start_apart(rank, 3, port, EXAMINE, folder / f"output{rank}", [own, *faults], **env))
+    done = [machine.end(120) for machine in machines]
+    assert not any(rank.stdout for rank in done[1:]), "rank 0 speaks for all"
+    return [rank.returncode for rank in done], done[0].stdout + done[0].stderr
 
 
 @pytest.mark.dist

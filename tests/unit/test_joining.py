@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import free_port, outputs
+from harness import free_port, start_apart
 
 from dist_finetune import preflight, world
 from dist_finetune.errors import UserError
@@ -276,27 +276,22 @@ def test_a_group_that_takes_no_tensors_of_the_cpu_is_refused() -> None:
 # --- network ---------------------------------------------------------------------------------------------------------
 
 
-def ranks_of(code: str, num_ranks: int = 2, **env: str) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of ranks that each believe to be on a machine of their own."""
-    port, fixed = free_port(), {"MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    workers = []
-    for rank in range(num_ranks):
-        names = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
-        own = environment(**fixed, **{k: str(v) for k, v in names.items()}, **env)
-        workers.append(subprocess.Popen([sys.executable, "-c", code], env=own, text=True, stdout=-1, stderr=-1))
-    said = outputs(workers, 120)
-    return [(worker.returncode, out, err) for worker, (out, err) in zip(workers, said, strict=True)]
+def ranks_of(code: str, folder: Path, **env: str) -> list[subprocess.CompletedProcess[str]]:
+    """What two ranks said that each believe to be on a machine of their own."""
+    port = free_port()
+    ranks = [start_apart(rank, 2, port, code, folder / f"rank{rank}", **env) for rank in range(2)]
+    return [rank.end(120) for rank in ranks]
 
 
 @pytest.mark.dist
-def test_an_interface_that_is_not_there_is_named() -> None:
+def test_an_interface_that_is_not_there_is_named(tmp_path: Path) -> None:
     started = time.monotonic()
-    for rank, (code, _, err) in enumerate(ranks_of(JOIN, GLOO_SOCKET_IFNAME="nosuch0")):
-        assert code == 1, err
-        assert f"refused: rank {rank} on {socket.gethostname()} could not connect to the other ranks" in err
-        assert "GLOO_SOCKET_IFNAME=nosuch0 in use, and the network interface to rank 0 is lo (127.0.0.1)" in err
-        assert "Set GLOO_SOCKET_IFNAME" in err
-        assert "Traceback" not in err
+    for rank, done in enumerate(ranks_of(JOIN, tmp_path, GLOO_SOCKET_IFNAME="nosuch0")):
+        assert done.returncode == 1, done.stderr
+        assert f"refused: rank {rank} on {socket.gethostname()} could not connect to the other ranks" in done.stderr
+        assert "GLOO_SOCKET_IFNAME=nosuch0 in use, and the network interface to rank 0 is lo (1" in done.stderr
+        assert "Set GLOO_SOCKET_IFNAME" in done.stderr
+        assert "Traceback" not in done.stderr
     assert time.monotonic() - started < 60
 
 
@@ -311,11 +306,11 @@ else:
 
 
 @pytest.mark.dist
-def test_a_first_all_reduce_that_fails_is_told_with_the_interface() -> None:
-    (code, _, err), _ = ranks_of(SILENT + JOIN.replace("=8", "=4"))
-    assert code == 1
-    assert f"refused: rank 0 on {socket.gethostname()}: the first all-reduce failed" in err
-    assert "the network interface to rank 0 is lo (127.0.0.1)" in err
+def test_a_first_all_reduce_that_fails_is_told_with_the_interface(tmp_path: Path) -> None:
+    first, _ = ranks_of(SILENT + JOIN.replace("=8", "=4"), tmp_path)
+    assert first.returncode == 1
+    assert f"refused: rank 0 on {socket.gethostname()}: the first all-reduce failed" in first.stderr
+    assert "the network interface to rank 0 is lo (127.0.0.1)" in first.stderr
 
 
 def test_a_first_all_reduce_that_never_connects_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,8 +346,8 @@ with join_world(LaunchSpec(join_timeout=2, timeout=60)) as world:
 
 
 @pytest.mark.dist
-def test_the_short_time_to_join_does_not_count_for_training() -> None:
-    assert [out for _, out, _ in ranks_of(TIMEOUTS)] == ["reduced\n"] * 2
+def test_the_short_time_to_join_does_not_count_for_training(tmp_path: Path) -> None:
+    assert [done.stdout for done in ranks_of(TIMEOUTS, tmp_path)] == ["reduced\n"] * 2
 
 
 HANG = """
@@ -367,9 +362,10 @@ sys.exit(doctor.examine(None, print))
 
 @pytest.mark.dist
 def test_a_doctor_whose_collective_hangs_says_what_it_found(tmp_path: Path) -> None:
-    (code, out, err), _ = ranks_of(HANG, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert code == 1
-    assert "Traceback" not in err, err
+    first, _ = ranks_of(HANG, tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    out = first.stdout
+    assert first.returncode == 1
+    assert "Traceback" not in first.stderr, first.stderr
     assert re.search(r"^ok    ranks +2 ranks by variables", out, re.MULTILINE), out
     assert re.search(r"^ok    rendezvous", out, re.MULTILINE), out
     assert re.search(

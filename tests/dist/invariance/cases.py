@@ -107,15 +107,16 @@ def full_product() -> list[Case]:
     return [case for values in itertools.product(*dimensions) if is_possible(case := Case(*values))]
 
 
-def pairwise(count: int, models: Collection[str] = MODELS, seed: int = 0) -> list[Case]:
+def pairwise(count: int = 122, models: Collection[str] = MODELS, seed: int = 0) -> list[Case]:
     """Cases of these models in which every possible pair of values of two dimensions occurs, filled up with cheap ones
-    to `count`."""
+    to `count`; with their references the 122 are about 150 trainings."""
     return _filled_cover([case for case in full_product() if case.model in models], _pairs, count, seed)
 
 
-def few(count: int, seed: int = 1) -> list[Case]:
-    """A few cases of the small models at 1 and 2 processes in which each value occurs at least once."""
-    return _filled_cover([c for c in full_product() if c.model in SMALL and c.world_size < 4], _values, count, seed)
+def few(count: int = 24, seed: int = 1) -> list[Case]:
+    """A few of the cases of `pairwise`, of the small models at 1 and 2 processes, in which each value occurs at least
+    once."""
+    return _filled_cover([c for c in pairwise() if c.model in SMALL and c.world_size < 4], _values, count, seed)
 
 
 def _filled_cover(

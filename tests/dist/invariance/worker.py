@@ -16,6 +16,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import no_page  # noqa: F401
 import torch
 import torch.distributed as dist
 import yaml
@@ -70,8 +71,6 @@ def main() -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=3))
     is_first = dist.get_rank() == 0
-    # nobody reads the report.html of these runs, and drawing its plots takes as long as their training
-    sys.modules["dist_finetune.finish"].write_page = lambda *_: None  # type: ignore[attr-defined]
     places = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
     material = Material(*(Path(p) for p in places["material"]))
     inputs = Inputs(folder, Path(places["bert"]), material, places["large_steps"])
