@@ -4,10 +4,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from dist_finetune.data.loading import Rows
 from dist_finetune.engine import Engine
@@ -19,6 +18,9 @@ from dist_finetune.report import Reporter
 from dist_finetune.signals import StopSignals
 from dist_finetune.world import World
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class Job:
@@ -29,7 +31,7 @@ class Job:
     report: Reporter
     folder: Path
     splits: dict[str, Rows]
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: "PreTrainedTokenizerBase | None"
     signals: StopSignals
     """Whether this rank was told to stop; ranks agree on it in `stopping`."""
 

@@ -88,7 +88,9 @@ def join_world(launch: LaunchSpec) -> Iterator[World]:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # never opened: the store lives in this process
         variables = {**variables, **{name: os.environ.get(name, value) for name, value in address.items()}}
     if not torch.cuda.is_available():
-        variables = {**variables, "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
+        # LOCAL_SIZE: DeepSpeed's stage 3 counts devices in each backward pass, on CPUs else by starting `numactl`
+        cpus = {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"), "LOCAL_SIZE": str(found.local_world_size)}
+        variables = {**variables, **cpus}
     made_group, failed = not dist.is_initialized(), True
     with _environment(variables):
         if made_group:

@@ -13,13 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
-import transformers
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from dist_finetune.cache.entries import META, cache_root, hash_of, make_room, touch
 from dist_finetune.data.encode import encode_splits
@@ -30,10 +28,15 @@ from dist_finetune.plan import Plan
 from dist_finetune.run_folder import write_json
 from dist_finetune.world import World, together
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 STORE_FROM_ROWS = 10_000  # fewer are encoded in less than a second
 
 
-def encode_once(plan: Plan, tables: Tables, tokenizer: PreTrainedTokenizerBase | None, world: World) -> dict[str, Rows]:
+def encode_once(
+    plan: Plan, tables: Tables, tokenizer: "PreTrainedTokenizerBase | None", world: World
+) -> dict[str, Rows]:
     """Rows of each split as `encode_splits` gives them; a large split of texts is tokenised by one process. Collective.
 
     The first rank goes first, then one rank of each node, which finds what the first wrote where they share a disk,
@@ -58,7 +61,7 @@ class TokenStore:
     """The tokens of one plan's data by one tokenizer."""
 
     plan: Plan
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
 
     def rows(self, split: str, table: Dataset, encode: Callable[[], TextRows]) -> TextRows:
         """What `encode` returns for `table`; from the disk where it has been there before, and kept there if large."""
@@ -88,8 +91,10 @@ class TokenStore:
         return encoded
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Hash of everything that decides which tokens a text becomes; what the last call cut or padded to does not."""
+    import transformers  # a run of images does without
+
     versions = [transformers.__version__, tokenizers.__version__, type(tokenizer).__name__]
     versions += tokenizer.model_input_names  # whether there are token types
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from dist_finetune.data.image_input import ImageInput
 from dist_finetune.data.loading import Rows
@@ -15,6 +14,9 @@ from dist_finetune.data.words import count_labelled, encode_words
 from dist_finetune.errors import UserError
 from dist_finetune.plan import DataPlan, Plan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 CPU_TOKENS = 512  # of a pass on a CPU core: more is no faster a token, and batches of fewer rows have less padding
 
 Keep = Callable[[str, Dataset, Callable[[], TextRows]], TextRows]
@@ -22,7 +24,7 @@ Keep = Callable[[str, Dataset, Callable[[], TextRows]], TextRows]
 
 
 def encode_splits(
-    plan: Plan, tables: Tables, tokenizer: PreTrainedTokenizerBase | None, keep: Keep | None = None
+    plan: Plan, tables: Tables, tokenizer: "PreTrainedTokenizerBase | None", keep: Keep | None = None
 ) -> dict[str, Rows]:
     """Rows of "train", "validation" and, where there is one, "test". A tokenizer is needed for text only."""
     seed = plan.spec.train.seed if plan.spec.data.augment else None
@@ -54,7 +56,7 @@ def encode_table(
     data: DataPlan,
     image: ImageInput | None,
     device: Literal["cpu", "cuda"],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
     augment_seed: int | None = None,
     keep: Callable[[Callable[[], TextRows]], TextRows] | None = None,
     num_ranks: int = 1,
@@ -93,7 +95,7 @@ def _text_rows(
     table: Dataset,
     data: DataPlan,
     device: Literal["cpu", "cuda"],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     keep: Callable[[Callable[[], TextRows]], TextRows] | None,
 ) -> Rows:
     max_length = data.max_length or tokenizer.model_max_length

@@ -4,18 +4,20 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from dist_finetune.data.targets import label_array, stacked_labels
 from dist_finetune.tasks.names import TaskName
 from dist_finetune.tasks.task import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 ENCODE_ROWS = 4096  # rows a tokenizer call takes: enough to keep its threads busy, few enough to bound its Python lists
 
@@ -71,7 +73,7 @@ class TextRows(torch.utils.data.Dataset[dict[str, Any]]):
 
 def encode_text(
     table: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     task: TaskName = "classification",
     num_outputs: int = 1,
@@ -114,15 +116,15 @@ def encode_text(
     )
 
 
-def marks_single_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+def marks_single_texts(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether a single text has token types besides 0, as XLNet's has."""
     return any(tokenizer("a", return_token_type_ids=True)["token_type_ids"])
 
 
 def _count_truncated(
-    encoded: BatchEncoding,
+    encoded: "BatchEncoding",
     full: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     texts: Sequence[Sequence[str]],
     max_length: int,
 ) -> int:

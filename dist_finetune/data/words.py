@@ -2,18 +2,21 @@
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from dist_finetune.data.text import ENCODE_ROWS, TextRows, marks_single_texts
 from dist_finetune.errors import UserError
 from dist_finetune.tasks.task import IGNORED_LABEL
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def encode_words(table: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TextRows:
+
+def encode_words(table: Dataset, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> TextRows:
     """The rows of a table with columns "words" and "label" (a tag for each word) as tokens cut to `max_length`,
     with token types where `encode_text` keeps them.
 

@@ -61,8 +61,6 @@ def open_accelerator(plan: Plan, phase: PhasePlan, world: World) -> Any:
             # Its C++ op would be compiled at start-up, and crashes where no compiler is; gloo does the same work. Set
             # before anyone reads which ops there could be: DeepSpeed would run a compiler to find out.
             vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
-            if world.device.type == "cpu":  # else stage 3 starts `numactl` in every backward pass, to count "devices"
-                os.environ["LOCAL_SIZE"] = str(world.local_world_size)
             _import_without_compiling("deepspeed.runtime.zero.muon.muon_optimizer")
             _forget_closed_group()
             plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)

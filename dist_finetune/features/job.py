@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from dist_finetune.cache.tokens import encode_once
 from dist_finetune.data.arrow import column_values
@@ -31,6 +31,9 @@ from dist_finetune.tasks.names import require_classification
 from dist_finetune.topology import job_topology
 from dist_finetune.world import World, gather_objects, on_first, require_same, together
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 CUDA_BATCH_SIZE = 128
 
 
@@ -43,7 +46,7 @@ class FeatureJob:
     report: Reporter
     folder: Path
     splits: dict[str, Rows]
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: "PreTrainedTokenizerBase | None"
     model: nn.Module
     provenance: Provenance
     depths: tuple[Depth, ...]

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from dist_finetune.data.columns import Columns
 from dist_finetune.data.encode import encode_table
@@ -32,6 +31,9 @@ from dist_finetune.spec_file import load_spec
 from dist_finetune.topology import has_bf16
 from dist_finetune.world import World, join_world, together
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Precision = Literal["fp32", "bf16", "fp16"]
 MORE_ROOM = "Start it where more is free, such as on the CPU: CUDA_VISIBLE_DEVICES= (empty)"
 
@@ -45,7 +47,7 @@ class SavedRun:
     data: DataPlan
     image: ImageInput | None
     module: nn.Module
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: "PreTrainedTokenizerBase | None"
     eval_batch_size: int
     planned_precision: Precision
     planned_device: Literal["cpu", "cuda"]

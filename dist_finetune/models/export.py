@@ -1,20 +1,21 @@
 """How a model leaves: a folder that the library it came from loads without us, and `load_exported` for us."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from dist_finetune.errors import UserError
 from dist_finetune.models import saved
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.load import load_model
 from dist_finetune.models.sources import describe_model, for_task, of_source
-from dist_finetune.models.transformers_config import labels, read_config, task_in
 from dist_finetune.models.weights import write_weights
 from dist_finetune.spec import ModelSpec
 from dist_finetune.tasks.names import TaskName
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def export_model(
@@ -23,7 +24,7 @@ def export_model(
     classes: tuple[str, ...],
     state_dict: dict[str, Tensor],
     folder: Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> None:
     """Writes a complete model into `folder`, tensors bit for bit; `state_dict` must be whole and on the CPU.
 
@@ -50,6 +51,8 @@ def export_model(
 def exported_for(card: ModelCard, folder: Path) -> tuple[TaskName, tuple[str, ...]]:
     """The task and the names of the outputs of the model in `folder`."""
     if card.source == "transformers":
+        from dist_finetune.models.transformers_config import labels, read_config, task_in
+
         config = read_config(folder, ModelSpec(name=str(folder), trust_remote_code=card.trust_remote_code))
         return task_in(config), labels(config)
     if card.source == "timm":

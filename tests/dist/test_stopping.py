@@ -92,7 +92,7 @@ def test_run_stops_on_a_signal_and_goes_on(
     ("launch", "number"),
     [
         (torchrun_command, signal.SIGUSR1),
-        (accelerate_command, signal.SIGUSR1),
+        pytest.param(accelerate_command, signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param(torchrun_command, signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(accelerate_command, signal.SIGTERM, marks=pytest.mark.slow),
     ],
@@ -253,7 +253,7 @@ def test_a_rank_without_memory_says_what_to_do(
     assert read_json(run / "summary.json")["attempts"] == 2
 
 
-@pytest.mark.parametrize("victim", ["rank 0", pytest.param("rank 1", marks=pytest.mark.slow), "launcher"])
+@pytest.mark.parametrize("victim", [*(pytest.param(f"rank {r}", marks=pytest.mark.slow) for r in (0, 1)), "launcher"])
 def test_a_killed_process_ends_all(
     make_config: Callable[..., Path], material: Material, tmp_path: Path, victim: str
 ) -> None:
@@ -285,10 +285,12 @@ def test_a_failed_job_is_started_again(make_config: Callable[..., Path], materia
     assert "is finished" in again.stdout, "a launcher that starts it again trains nothing twice"
 
 
+HANGING = {"train": {"epochs": 400}, "launch": {"timeout": "10 s", "file_timeout": "20 s"}}
+
+
 def test_a_rank_that_hangs_is_named(make_config: Callable[..., Path], material: Material, tmp_path: Path) -> None:
-    """Once in its own code, where it is behind while others wait for it, and once stopped as a whole."""
-    config = make_config(train={"epochs": 400}, launch={"timeout": "10 s", "file_timeout": "20 s"})
-    run = tmp_path / "runs" / "job"
+    """In its own code, where it is behind while others wait for it."""
+    config, run = make_config(**HANGING), tmp_path / "runs" / "job"
     fault = json.dumps({"kind": "hang", "rank": 1, "call": 30})
     with started(run_command(config), tmp_path, material, FAULT=fault) as job:
         assert job.wait(60) == 1
@@ -297,6 +299,13 @@ def test_a_rank_that_hangs_is_named(make_config: Callable[..., Path], material: 
         assert "hangs" in last.splitlines()[0]
         assert re.search(r"rank 1: \w+\.py line \d+, .*model\(.*, inside faulty_model\.py line \d+", last)
     assert read_json(run / "summary.json")["status"] == "failed"
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_as_a_whole_is_named(
+    make_config: Callable[..., Path], material: Material, tmp_path: Path
+) -> None:
+    config, run = make_config(**HANGING), tmp_path / "runs" / "job"
     with started(run_command(config), tmp_path, material) as job:
         wait_for_step(job, run, 40)
         os.kill(job.rank_pid(1), signal.SIGSTOP)
