@@ -58,6 +58,15 @@ def below(first: Part, structure: Structure) -> tuple[Part, ...]:
     return structure.parts[: structure.parts.index(first)] if first.kind != "other" else ()
 
 
+def passes_frozen_matrices(manifest: Manifest, structure: Structure) -> bool:
+    """True where the backward pass goes through a part with a frozen matrix: under `bias-only` and above "1,2,3"."""
+    under = {part.label for part in below(first_trainable_part(manifest, structure), structure)}
+    return any(
+        record.frozen and record.kind == "parameter" and len(record.shape) == 2 and record.part not in under
+        for record in manifest.records
+    )
+
+
 def _first_trainable(structure: Structure, first: Part) -> LintNote:
     prefix = below(first, structure)
     saved = sum(part.num_params for part in prefix)

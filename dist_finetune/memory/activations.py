@@ -9,6 +9,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ from dist_finetune.tasks.task import task_of
 
 aten = torch.ops.aten
 Run = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Kernels = Callable[[], contextlib.AbstractContextManager[None]]
+"""Within what it gives, operations run as those of a device or an engine."""
 LEAST_TELLING_ROWS = 31
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
@@ -160,6 +163,41 @@ class FusedOnGpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class LinearsOfStage3(TorchFunctionMode):
+    """Runs linear layers of frozen weights as stage 3 of DeepSpeed does (deepspeed.runtime.zero.linear): each keeps its
+    input for the backward pass, though no weight gets a gradient of it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        run = _stage3_linear if func is functional.linear else func
+        return run(*args, **(kwargs or {}))
+
+
+def _stage3_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if weight.requires_grad:
+        return functional.linear(input, weight, bias)
+    made: torch.Tensor = _KeepsInput.apply(input, weight, bias)
+    return made
+
+
+class _KeepsInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.autocast = torch.is_autocast_enabled("cpu")
+        return functional.linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:
+        (grad,) = grad_outputs
+        _, weight = ctx.saved_tensors
+        for_input, _, for_bias = ctx.needs_input_grad
+        with torch.autocast("cpu", torch.bfloat16, enabled=ctx.autocast):
+            grad_input = grad.matmul(weight) if for_input else None
+        return grad_input, None, grad.flatten(0, -2).sum(0) if for_bias else None
+
+
 def _gpu_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -187,21 +225,22 @@ def fake_pass(
     recompute: Sequence[Part] = (),
     in_bf16: Collection[str] = (),
     task: TaskName = "classification",
+    stage3: bool = False,
 ) -> Pass | str:
     """The pass of a model on the meta device, frozen as `manifest` says, or why it can't be run without data.
 
     `inputs` makes the inputs of so many rows (from a pass of `telling_rows` the bytes of any number follow), the blocks
-    `recompute` run under gradient checkpointing, the parameters `in_bf16` are kept in bf16. The model's tensors are
-    `ShapeTensor`s within, and its own again after.
+    `recompute` run under gradient checkpointing, the parameters `in_bf16` are kept in bf16, and linear layers run as
+    `LinearsOfStage3` says where `stage3`. The model's tensors are `ShapeTensor`s within, and its own again after.
     """
+    kernels = partial(_kernels, device, stage3)
     try:
-        with _without_data(model, in_bf16), _recomputing(model, recompute, device):
+        with _without_data(model, in_bf16), _recomputing(model, recompute, kernels):
             frozen = set(manifest.frozen)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name not in frozen)
             train_mode(model, manifest)
-            fused = FusedOnGpu() if device == "cuda" else contextlib.nullcontext()
-            with fused:
+            with kernels():
                 return measured_pass(model, parts, inputs, micro_batch_size, autocast, task, run_on_shapes)
     except Exception as error:  # a user's model may do anything, and the rest of the plan stands without this
         return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
@@ -302,22 +341,30 @@ class _Enter:
             self.alive.input_elements.setdefault(self.label, args[0].numel())
 
 
-def _fused(forward: Callable[..., Any]) -> Callable[..., Any]:
+@contextlib.contextmanager
+def _kernels(device: Literal["cpu", "cuda"], stage3: bool) -> Iterator[None]:
+    with (
+        FusedOnGpu() if device == "cuda" else contextlib.nullcontext(),
+        LinearsOfStage3() if stage3 else contextlib.nullcontext(),
+    ):
+        yield
+
+
+def _run_by(kernels: Kernels, forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        with FusedOnGpu():
+        with kernels():
             return forward(*args, **kwargs)
 
     return run
 
 
 @contextlib.contextmanager
-def _recomputing(model: nn.Module, blocks: Sequence[Part], device: Literal["cpu", "cuda"]) -> Iterator[None]:
+def _recomputing(model: nn.Module, blocks: Sequence[Part], kernels: Kernels) -> Iterator[None]:
     """Within it, the blocks keep no activations. Random numbers are not replayed: there are none."""
     changed = [module for block in blocks for module in called_modules(model, block)]
     for module in changed:
         # the backward pass runs outside of a mode, and what it recomputes has to be as before
-        forward = _fused(module.forward) if device == "cuda" else module.forward
-        module.forward = recomputed(forward, keep_random_state=False)
+        module.forward = recomputed(_run_by(kernels, module.forward), keep_random_state=False)
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from torch import nn
 
 from dist_finetune.freeze import Manifest
 from dist_finetune.fsdp_layout import FrozenLayout
-from dist_finetune.lint import below, filled_up, first_trainable_part
+from dist_finetune.lint import below, filled_up, first_trainable_part, passes_frozen_matrices
 from dist_finetune.memory.activations import Activations, Pass, fake_pass, telling_rows
 from dist_finetune.memory.choice import Limits, RankMemory
 from dist_finetune.memory.demand import Demand, Way, demanding, most_of
@@ -96,9 +96,16 @@ def plan_costs(
     run = partial(_pass, model, structure, request, autocast, limits.device) if request else None
     checkpointing = request is not None and request.gradient_checkpointing
     every = {phase.name: demand(phase) for phase in phases}
-    demands = [
-        replace(every[phase.name], measured=run(phase, checkpointing) if run else None) for phase in demanding(phases)
-    ]
+    by_stage3 = any(way.strategy == "zero3" for way in ways)
+    demands = [every[phase.name] for phase in demanding(phases)]
+    if run:
+        demands = [replace(each, measured=run(each.phase, checkpointing)) for each in demands]
+        demands = [
+            replace(each, under_stage3=run(each.phase, checkpointing, stage3=True))
+            if by_stage3 and passes_frozen_matrices(each.phase.manifest, structure)
+            else each
+            for each in demands
+        ]
     manifest, measured = demands[0].phase.manifest, demands[0].measured
     found = measured if isinstance(measured, Pass) else None
     other = run(demands[0].phase, not checkpointing) if run and request and request.compare and found else None
@@ -155,6 +162,7 @@ def _pass(
     device: Literal["cpu", "cuda"],
     phase: PhasePlan,
     gradient_checkpointing: bool,
+    stage3: bool = False,
 ) -> Pass | str:
     blocks: Sequence[Part] = recomputed_blocks(phase.manifest, structure) if gradient_checkpointing else ()
     return fake_pass(
@@ -168,4 +176,5 @@ def _pass(
         recompute=blocks,
         in_bf16=_rounded(phase),
         task=request.task,
+        stage3=stage3,
     )

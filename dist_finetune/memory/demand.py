@@ -40,15 +40,18 @@ class Demand:
     """Its pass without data, why it can't be run, or None where none was asked for."""
     num_passed: int
     """Elements of all parameters that the backward pass goes through."""
+    under_stage3: Pass | str | None = None
+    """The pass as DeepSpeed's stage 3 runs it; None where that is no other."""
 
     def under(self, way: "Way", limits: Limits, micro_batch_size: int | Literal["auto"]) -> RankMemory:
         """What a rank needs in this phase."""
         section = way.section(self.phase.manifest)
+        measured = (self.under_stage3 if way.strategy == "zero3" else None) or self.measured
         state = partial(state_bytes, self.layout, way.strategy, limits.world_size, section)
         return memory_of(
             partial(state, on_host=limits.device == "cpu"),
             lambda count: step_traffic(self.layout, way.strategy, limits.world_size, section, count, self.num_passed),
-            self.measured.peak if isinstance(self.measured, Pass) else None,
+            measured.peak if isinstance(measured, Pass) else None,
             limits,
             micro_batch_size,
         )

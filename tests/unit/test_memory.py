@@ -154,6 +154,33 @@ def test_a_pass_on_fake_tensors_counts_the_bytes_of_a_real_one(name, rules):
     assert all(tensor.is_meta for tensor in (*meta_model.parameters(), *meta_model.buffers()))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rules", [{"rule": "bias-only"}, {"layers": "1"}, {}], ids=str)
+def test_linear_layers_of_stage_3_keep_what_deepspeeds_own_keep(monkeypatch, rules, checkpointing):
+    """Of a frozen weight too, whose input nothing needs: bytes of a real pass with DeepSpeed's function for them."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    real_model = tiny_bert()
+    structure, manifest = frozen_by(real_model, **rules)
+    blocks = recomputed_blocks(manifest, structure) if checkpointing else ()
+    with torch.device("meta"):
+        meta_model = tiny_bert()
+    given = meta_model, manifest, structure.parts, text_inputs, 4, False
+    plain, fake = (fake_pass(*given, recompute=blocks, stage3=stage3) for stage3 in (False, True))
+    for module in (module for block in blocks for module in called_modules(real_model, block)):
+        module.forward = recomputed(module.forward, keep_random_state=False)
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    real = measured_pass(real_model, structure.parts, text_inputs, 4, autocast=False)
+    assert fake.saved == real.saved
+    assert fake.forward_flops == real.forward_flops == plain.forward_flops
+    more = [fake.saved_bytes - plain.saved_bytes, fake.peak_bytes - plain.peak_bytes]
+    if not rules:
+        assert more == [0, 0]
+    elif not checkpointing:  # recomputed, blocks keep nothing between the passes
+        assert min(more) > 0
+
+
 def test_autocast_is_counted_within_5_percent_and_saves_less():
     real_model = tiny_bert()
     structure, manifest = frozen_by(real_model)
