@@ -24,6 +24,8 @@ def plan(
     """Show what a run would freeze, train and need, without GPU and weights; exit code 1 if it doesn't fit."""
     spec = load(config, overrides)
     memory = memory_bytes(gpu_memory) if gpu_memory else None
+    if gpus_per_node and spec.task != "features":
+        spec.train.rows_per_process(nodes * gpus_per_node)  # told before all is imported that a plan needs
     from dist_finetune.plan import for_planning, make_plan
     from dist_finetune.plan_text import render_plan
     from dist_finetune.preflight import visible_gpus
