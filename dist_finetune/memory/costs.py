@@ -96,13 +96,13 @@ def plan_costs(
     run = partial(_pass, model, structure, request, autocast, limits.device) if request else None
     checkpointing = request is not None and request.gradient_checkpointing
     every = {phase.name: demand(phase) for phase in phases}
-    by_stage3 = any(way.strategy == "zero3" for way in ways)
     demands = [every[phase.name] for phase in demanding(phases)]
     if run:
         demands = [replace(each, measured=run(each.phase, checkpointing)) for each in demands]
+    if run and any(way.strategy == "zero3" for way in (*ways, *([offload] if offload else ()))):
         demands = [
             replace(each, under_stage3=run(each.phase, checkpointing, stage3=True))
-            if by_stage3 and passes_frozen_matrices(each.phase.manifest, structure)
+            if passes_frozen_matrices(each.phase.manifest, structure)
             else each
             for each in demands
         ]

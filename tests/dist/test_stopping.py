@@ -170,7 +170,8 @@ def test_deepspeed_that_is_ended_takes_its_workers_along(
 
 def test_a_time_limit_stops_too(make_config: Callable[..., Path], material: Material, tmp_path: Path) -> None:
     """And resume takes another one; a file STOP that is still there is the last stop's."""
-    config, run = make_config(**LONG, launch={"time_limit": "5 s"}), tmp_path / "runs" / "job"
+    longer = {"train": {"epochs": 4000}, "checkpoint": {"every": "100000 steps"}, "launch": {"time_limit": "10 s"}}
+    config, run = make_config(**longer), tmp_path / "runs" / "job"
     first = command("train", config, folder=tmp_path, num_processes=2, **faulty_environment(material))
     assert first.returncode == 75, first.stderr[-3000:]
     (checkpoint,) = checkpoint_folders(run)
