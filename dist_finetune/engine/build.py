@@ -41,6 +41,8 @@ def open_accelerator(plan: Plan, phase: PhasePlan, world: World) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # torch's word to DeepSpeed about renamed collectives; a user can do nothing about it
     warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # DDP's word about depthwise convolutions, whose strides differ in a dimension of size 1, where they mean nothing
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from accelerate import Accelerator, DistributedDataParallelKwargs

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Job, Run, RunJobs, read_json, read_lines, run_ranks, train_jobs, write_config
+from harness import Job, Run, RunJobs, command, read_json, read_lines, run_ranks, train_jobs, write_config
 from material import Material
 from safetensors.torch import load_file
 
@@ -143,6 +143,16 @@ def test_batchnorm_that_trains_has_one_set_of_statistics(material: Material, run
     moving = [name for name in before if name.endswith(("running_mean", "running_var"))]
     assert len(moving) == 30
     assert not any(torch.equal(before[name], after[name]) for name in moving)
+
+
+def test_a_cnn_of_depthwise_convolutions_trains_without_a_warning(material: Material, tmp_path: Path) -> None:
+    """DDP finds their gradients laid out otherwise than its buckets, and copies them, which is little, with a warning."""
+    model, train = {"name": "timm:test_convnext", "weights": "none"}, {"max_steps": 2, "epochs": 1}
+    config = material.image(model=model, train=train, shard={"strategy": "ddp"}, cache="off", freeze="none")
+    path = write_config(tmp_path / "c.yaml", config, name="depthwise", output=str(tmp_path / "runs"))
+    done = command("train", path, folder=tmp_path, num_processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr
 
 
 @pytest.fixture(scope="module")
