@@ -146,7 +146,7 @@ def test_batchnorm_that_trains_has_one_set_of_statistics(material: Material, run
 
 
 def test_a_cnn_of_depthwise_convolutions_trains_without_a_warning(material: Material, tmp_path: Path) -> None:
-    """DDP finds their gradients laid out otherwise than its buckets, and copies them, which is little, with a warning."""
+    """DDP finds their gradients laid out otherwise than its buckets, and copies them: little, but with a warning."""
     model, train = {"name": "timm:test_convnext", "weights": "none"}, {"max_steps": 2, "epochs": 1}
     config = material.image(model=model, train=train, shard={"strategy": "ddp"}, cache="off", freeze="none")
     path = write_config(tmp_path / "c.yaml", config, name="depthwise", output=str(tmp_path / "runs"))
