@@ -99,7 +99,7 @@ def plan_costs(
     demands = [every[phase.name] for phase in demanding(phases)]
     if run:
         demands = [replace(each, measured=run(each.phase, checkpointing)) for each in demands]
-    if run and any(way.strategy == "zero3" for way in (*ways, *([offload] if offload else ()))):
+    if run and (offload or any(way.strategy == "zero3" for way in ways)):
         demands = [
             replace(each, under_stage3=run(each.phase, checkpointing, stage3=True))
             if passes_frozen_matrices(each.phase.manifest, structure)

@@ -2,11 +2,11 @@
 
 Importing torch, transformers and DeepSpeed takes a process longer than most of the trainings here. This process imports
 them once, opens no process group and no model, and forks itself for each rank of each launch; each rank is then as a
-fresh one. A launch is {"script", "arguments", "num_processes", "port", "folder"}: its ranks run in FOLDER as torchrun
-would start them, and their output and then their common exit status go into files there. The answer is one line, the
-process group to kill. Tests of launchers, signals and start-up start real ones instead.
+fresh one. A launch is {"script", "arguments", "num_processes", "port", "folder", "env"}: its ranks run in FOLDER as
+torchrun would start them, and their output and then their common exit status go into files there. The answer is one
+line, the process group to kill. Tests of launchers, signals and start-up start real ones instead.
 
-A launch may have {"env"}, variables for its ranks. What reads a variable while it is imported has read it already.
+"env" are variables for its ranks. What reads a variable while it is imported has read it already.
 """
 
 import gc

@@ -122,11 +122,10 @@ def started(command: Sequence[str], folder: Path, material: Material, **env: str
         job.end()
 
 
-def train_to_the_end(config: Path, folder: Path, material: Material, *words: str, **env: str) -> None:
+def train_to_the_end(config: Path, folder: Path, material: Material, *words: str) -> None:
     """Trains a config of `faulty_config` on 2 processes, where starting them is not what a test is about."""
-    done = command(
-        "train", config, *words, folder=folder, num_processes=2, timeout_s=120, **faulty_environment(material), **env
-    )
+    faulty = faulty_environment(material)
+    done = command("train", config, *words, folder=folder, num_processes=2, timeout_s=120, **faulty)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
