@@ -288,7 +288,9 @@ trap "last_words_s=\$((last_words_s ? 0 : @SHORT_WORDS@))" TERM
 "$0" -m torch.distributed.run --node-rank="$SLURM_NODEID" "$@"
 code=$?
 [ "$code" -lt 128 ] || code=1
-[ "$code" -eq 0 ] || [ "$SLURM_NODEID" -eq 0 ] || sleep "$last_words_s"
+if [ "$code" -ne 0 ] && [ "$SLURM_NODEID" -ne 0 ]; then
+    while [ "$((last_words_s--))" -gt 0 ]; do sleep 1; done # one long sleep would keep the trap waiting
+fi
 exit "$code"'
 
 # A rank that fails ends the job on all nodes, rather than holding them until the time limit.

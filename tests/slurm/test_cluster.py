@@ -18,7 +18,7 @@ from wandb_file import run_ids
 
 pytestmark = pytest.mark.slurm
 
-LONG = {"train": {"epochs": 30, "global_batch_size": 16, "micro_batch_size": 4, "lr": 2e-4, "precision": "fp32"}}
+LONG = {"train": {"epochs": 16, "global_batch_size": 16, "micro_batch_size": 4, "lr": 2e-4, "precision": "fp32"}}
 
 
 def log_of(run: Path, job: str) -> str:

@@ -1,6 +1,7 @@
 """`track.tensorboard`: what was logged is in its files, one story over several starts, and never in training's way."""
 
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,11 +54,15 @@ def test_a_resumed_run_has_one_curve(spec: Spec, tmp_path: Path) -> None:
 def test_a_full_disk_ends_the_curves_and_nothing_else(
     spec: Spec, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    before = {*threading.enumerate()}
     with Reporter(is_first=True) as report:
         report.open_trackers(spec, tmp_path, {}, 0)
+        (writer,) = {*threading.enumerate()} - before
         with files_up_to(1 << 16):
             for step in range(4000):
                 report.log(step, {"mem/peak_gib": 0.5})
+    writer.join(timeout=10)  # pytest would blame the next test for an error that comes after the end of this one
+    assert not writer.is_alive()
     assert caplog.text.count("TensorBoard: ") == 1
     assert "File too large; its curves end here, training goes on" in caplog.text
     assert len(curve(tmp_path, "mem/peak_gib")) > 10
