@@ -32,6 +32,10 @@ class Result:
     wait_s: float = 0.0
     """Waiting for batches; a part of `train_s`."""
     plan_s: float = 0.0
+    flops: float = 0.0
+    """Floating point operations of the training and of filling the cache, as the plan counts them."""
+    frozen_flops: float = 0.0
+    """The same without a cache."""
 
     @property
     def limit_s(self) -> float | None:
@@ -39,7 +43,7 @@ class Result:
         return None if self.tail_s is None else self.fill_s + self.tail_s
 
 
-SUMMED = ("train_s", "wall_s", "num_samples", "num_steps", "fill_s", "wait_s", "plan_s")
+SUMMED = ("train_s", "wall_s", "num_samples", "num_steps", "fill_s", "wait_s", "plan_s", "flops", "frozen_flops")
 
 
 def summed(runs: Sequence[Result]) -> Result:
@@ -54,12 +58,12 @@ def summed(runs: Sequence[Result]) -> Result:
     )
 
 
-def show(results: Sequence[Result], goals: Mapping[str, Mapping[str, float]]) -> bool:
+def show(results: Sequence[Result], goals: Mapping[str, Mapping[str, float]], peak_flops: float | None = None) -> bool:
     """Prints means, medians and ratios; True where ours is at least as fast and as accurate as each peer, and each goal
-    is met."""
+    is met. `peak_flops` is what all devices can do a second, of which the last column states the used share."""
     print(
         f"\n{'job':18} {'program':27} {'accuracy':>8} {'train s':>8} {'ratio':>6} {'goal':>5} "
-        f"{'whole s':>8} {'ratio':>6} {'GiB':>5} {'limit s':>8}"
+        f"{'whole s':>8} {'ratio':>6} {'GiB':>5} {'limit s':>8}{'    MFU' if peak_flops else ''}"
     )
     holds = True
     for job in dict.fromkeys(result.job for result in results):
@@ -76,6 +80,7 @@ def show(results: Sequence[Result], goals: Mapping[str, Mapping[str, float]]) ->
                 f"{job:18} {program:27} {accuracy:8.4f} {train_s:8.1f} {train_ratio:6.2f} {goal:5.2f} "
                 f"{wall_s:8.1f} {wall_ratio:6.2f} {peak_gib:5.2f} "
                 f"{f'{median(limits):8.1f}' if limits else '       -'}"
+                f"{f' {median(r.flops / r.train_s for r in theirs) / peak_flops:6.1%}' if peak_flops else ''}"
             )
             if program not in (OURS, ALONE):
                 holds = holds and train_ratio >= goal and mean(r.accuracy for r in mine) >= accuracy - POINT
@@ -84,6 +89,8 @@ def show(results: Sequence[Result], goals: Mapping[str, Mapping[str, float]]) ->
     if any(result.program == "timm loop" for result in results):
         print("timm loop: its program has one fixed seed, so that its runs differ in time alone, not in accuracy;")
     print("limit: what the arithmetic alone takes, one pass through the frozen prefix and three times the rest a step")
+    if peak_flops:
+        print(f"MFU: of {peak_flops:.3g} operations a second, as matrix products get them, those of training and cache")
     for line in dict.fromkeys(spent(result) for result in results if result.program in (OURS, ALONE)):
         print(line)
     return holds

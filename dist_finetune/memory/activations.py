@@ -32,7 +32,8 @@ from dist_finetune.tasks.task import task_of
 
 aten = torch.ops.aten
 Run = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-Kernels = Callable[[], contextlib.AbstractContextManager[None]]
+Table = dict[Callable[..., Any], Callable[..., Any]]
+Kernels = Callable[[], contextlib.AbstractContextManager[Any]]
 """Within what it gives, operations run as those of a device or an engine."""
 LEAST_TELLING_ROWS = 31
 FLOPS: dict[Any, Callable[..., int]] = {
@@ -148,30 +149,17 @@ def _by_rows(num_bytes: int, rows: int) -> tuple[int, int]:
     return (num_bytes, 0) if num_bytes % rows else (0, num_bytes // rows)
 
 
-class FusedOnGpu(TorchFunctionMode):
-    """Runs what a GPU has one kernel for as such a kernel would save it: dropout keeps a mask of bools, and attention
-    neither its probabilities nor its dropout. On the CPU both keep whole fp32 tensors."""
+class InPlaceOf(TorchFunctionMode):
+    """Runs other functions in place of those that a table has."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__()
+        self._table = table
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention:
-            return _gpu_attention(*args, **kwargs)
-        if func is functional.dropout:
-            return _gpu_dropout(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-class LinearsOfStage3(TorchFunctionMode):
-    """Runs linear layers of frozen weights as stage 3 of DeepSpeed does (deepspeed.runtime.zero.linear): each keeps its
-    input for the backward pass, though no weight gets a gradient of it."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        run = _stage3_linear if func is functional.linear else func
-        return run(*args, **(kwargs or {}))
+        return self._table.get(func, func)(*args, **(kwargs or {}))
 
 
 def _stage3_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -214,6 +202,14 @@ def _gpu_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inp
     return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
 
 
+FUSED_ON_GPU: Table = {functional.scaled_dot_product_attention: _gpu_attention, functional.dropout: _gpu_dropout}
+"""What a GPU has one kernel for, as such a kernel would save it: dropout keeps a mask of bools, and attention neither
+its probabilities nor its dropout. On the CPU both keep whole fp32 tensors."""
+LINEARS_OF_STAGE3: Table = {functional.linear: _stage3_linear}
+"""Linear layers of frozen weights as stage 3 of DeepSpeed runs them (deepspeed.runtime.zero.linear): each keeps its
+input for the backward pass, though no weight gets a gradient of it."""
+
+
 def fake_pass(
     model: nn.Module,
     manifest: Manifest,
@@ -231,9 +227,10 @@ def fake_pass(
 
     `inputs` makes the inputs of so many rows (from a pass of `telling_rows` the bytes of any number follow), the blocks
     `recompute` run under gradient checkpointing, the parameters `in_bf16` are kept in bf16, and linear layers run as
-    `LinearsOfStage3` says where `stage3`. The model's tensors are `ShapeTensor`s within, and its own again after.
+    `LINEARS_OF_STAGE3` says where `stage3`. The model's tensors are `ShapeTensor`s within, and its own again after.
     """
-    kernels = partial(_kernels, device, stage3)
+    table: Table = {**(FUSED_ON_GPU if device == "cuda" else {}), **(LINEARS_OF_STAGE3 if stage3 else {})}
+    kernels = partial(InPlaceOf, table) if table else contextlib.nullcontext
     try:
         with _without_data(model, in_bf16), _recomputing(model, recompute, kernels):
             frozen = set(manifest.frozen)
@@ -339,15 +336,6 @@ class _Enter:
         self.alive.part = self.label
         if args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
             self.alive.input_elements.setdefault(self.label, args[0].numel())
-
-
-@contextlib.contextmanager
-def _kernels(device: Literal["cpu", "cuda"], stage3: bool) -> Iterator[None]:
-    with (
-        FusedOnGpu() if device == "cuda" else contextlib.nullcontext(),
-        LinearsOfStage3() if stage3 else contextlib.nullcontext(),
-    ):
-        yield
 
 
 def _run_by(kernels: Kernels, forward: Callable[..., Any]) -> Callable[..., Any]:

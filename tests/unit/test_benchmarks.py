@@ -8,6 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from dist_finetune.freeze import compile_freeze
+from dist_finetune.models.structure import structure_of
+from dist_finetune.spec_file import load_spec
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -17,7 +24,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`benchmark(name)`: the module."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     yield importlib.import_module
-    for name in ("advice", "peers", "peer_results"):
+    for name in ("advice", "peers", "peer_jobs", "peer_results"):
         sys.modules.pop(name, None)
 
 
@@ -35,6 +42,20 @@ def test_the_table_says_that_the_image_peer_has_one_seed(benchmark: Any, capsys:
     ]
     assert results.show(runs, {"image": {"timm loop": 1.0}})
     assert "has one fixed seed" in capsys.readouterr().out
+
+
+def test_jobs_on_gpus_freeze_the_same_for_us_and_for_the_peer(benchmark: Any) -> None:
+    jobs = benchmark("peer_jobs")
+    with torch.device("meta"):
+        config = BertConfig(num_hidden_layers=24, hidden_size=8, num_attention_heads=2, intermediate_size=8)
+        models = {name: timm.create_model(name, num_classes=2) for name in jobs.STAGES}
+        models[jobs.BERT_LARGE] = BertForSequenceClassification(config)
+    for job in jobs.GPU_JOBS.values():
+        model = models[job.model]
+        spec = load_spec({"name": "x", "model": {"name": "x"}, "data": {"train": "x.csv"}, "freeze": job.freeze})
+        trainable = compile_freeze(spec.freeze, structure_of(model), model).trainable
+        frozen = tuple(job.frozen_names)
+        assert [*trainable] == [name for name, _ in model.named_parameters() if not name.startswith(frozen)], job
 
 
 def found(advised: float) -> dict[str, Any]:
