@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "dist"))
 
 import torch
-from harness import Run, read_lines, write_config
+from harness import Run, command, read_lines, write_config
 from job_process import JobProcess, hears_of_signals, last_step, run_command, started, wait_for
 from material import Material, write_material
 
@@ -150,9 +150,9 @@ def undisturbed(material: Material, folder: Path, strategy: str, num_epochs: int
         name="straight",
         output=str(folder / "runs"),
     )
-    with started(run_command(config, NUM_PROCESSES), folder, material) as job:
-        if job.wait(ATTEMPT_LIMIT_S) != 0:
-            raise SystemExit(job.output())
+    done = command("train", config, folder=folder, num_processes=NUM_PROCESSES, timeout_s=ATTEMPT_LIMIT_S)
+    if done.returncode != 0:
+        raise SystemExit(done.stderr)
     return Run(folder / "runs" / "straight", ())
 
 

@@ -159,13 +159,12 @@ def test_extraction_stops_at_its_time_limit_and_is_resumed(material: Material, t
         **FEATURES, **BATCH, launch={"time_limit": 0.5}, features={"at": ["head"], "heads": ["svm"]}
     )
     config = write_config(tmp_path / "c.yaml", options, output=str(tmp_path / "runs"))
-    done = finish([sys.executable, "-m", "dist_finetune", "run", str(config), "--processes", "2"], 200, tmp_path)
+    done = command("train", config, folder=tmp_path, num_processes=2)
     folder = tmp_path / "runs" / "c"
     assert done.returncode == 75, done.stderr[-3000:]
     assert read_json(folder / "summary.json")["status"] == "stopped"
     assert "launch.time_limit" in read_json(folder / "summary.json")["message"]
-    resume = [sys.executable, "-m", "dist_finetune", "resume", str(folder), "launch.time_limit=null"]
-    done = finish(resume, 200, tmp_path)
+    done = command("resume", folder, "launch.time_limit=null", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 0 < read_json(folder / "summary.json")["extracted_rows"] < NUM_TRAIN + NUM_VALIDATION
 

@@ -54,6 +54,7 @@ def test_elastic_torchrun_with_as_many_machines_as_come(material: Material, by_t
     assert_same(Run(tmp_path / "runs" / "elastic", ()), by_torchrun)
 
 
+@pytest.mark.slow  # every SLURM job of two nodes starts so too
 def test_a_torchrun_on_each_of_two_machines(material: Material, by_torchrun: Run, tmp_path: Path) -> None:
     path = ten_steps(material, tmp_path, "two")
     port = free_port()

@@ -1,12 +1,12 @@
 """What a plan says a rank holds, against the real engines; the whole matrix is benchmarks/plan_exactness.py."""
 
 import json
-import sys
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 import torch
-from harness import REPOSITORY, Job, Matrix, finish, read_json
+from harness import REPOSITORY, Job, Matrix, read_json, run_ranks
 
 pytestmark = pytest.mark.dist
 COMPARED = ("ddp", "zero1", "zero2", "zero3")
@@ -17,10 +17,12 @@ STATE = ("trainable_weights", "frozen_weights", "gradients", "optimizer", "maste
 def test_planned_bytes_are_those_of_the_engines(world_size: int, tmp_path: Path):
     """A BERT and a CNN, in bf16 with nothing frozen, in fp32 with the first parts, by strategy; each kind of bytes."""
     script, rows_file = REPOSITORY / "benchmarks" / "plan_exactness.py", tmp_path / "rows.json"
-    options = ["--quick", f"--worlds={world_size}", f"--json={rows_file}"]
-    done = finish([sys.executable, str(script), *options], 1500, tmp_path)
+    run_path(str(script))["write_material"](tmp_path)
+    options = ["--quick", f"--material={tmp_path}", f"--rows={rows_file}"]
+    done = run_ranks(world_size, script, options, 600, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(rows_file.read_text())
-    assert len(rows) == 2 * 2 * len(COMPARED), done.stderr[-3000:]
+    assert len(rows) == 2 * 2 * len(COMPARED)
     for row in rows:
         case = {key: row[key] for key in ("model", "freeze", "precision", "strategy")}
         planned, real = row["planned"], row["real"]
@@ -32,7 +34,6 @@ def test_planned_bytes_are_those_of_the_engines(world_size: int, tmp_path: Path)
         # leave for the buckets
         most = 1.06 if row["strategy"] == "ddp" else 1.5
         assert 0.99 * real["peak"] <= planned["peak"] <= most * real["peak"], case
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.gpu

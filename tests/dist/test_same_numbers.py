@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from harness import STRATEGIES, Job, Matrix, Run, RunJobs, read_json
-from material import NUM_TRAIN, NUM_VALIDATION, Material, write_sentences
+from material import NUM_TRAIN, Material, write_sentences
 
 pytestmark = pytest.mark.dist
 
@@ -69,8 +69,10 @@ def test_each_training_sample_counts_once_an_epoch(matrix: Matrix) -> None:
 
 
 WHOLE_BATCH = {"global_batch_size": 152, "micro_batch_size": 4, "max_steps": 1}
-EVALUATED = (1, 2, 5, NUM_VALIDATION)
+EVALUATED = (1, 5)
 """Numbers of validation rows; with batches of 4 at 2 processes, some ranks have none."""
+ACCUMULATING = ("ddp", "zero3")
+"""The invariance suite has windows that are cut short under all of them."""
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +84,11 @@ def more(material: Material, runs: RunJobs) -> dict[int, dict[str, Run]]:
         write_sentences(path, num_rows, seed=7)
         data, train = {"validation": str(path)}, {"max_steps": 1, "eval_batch_size": 4, "warmup": 0}
         common.append(Job(f"rows-{num_rows}", material.text(data=data, train=train, shard={"strategy": "zero3"})))
-    alone = [Job(f"micro-{n}", material.text(train={"micro_batch_size": n})) for n in (16, 2, 1)]
+    alone = [Job(f"micro-{n}", material.text(train={"micro_batch_size": n})) for n in (16, 2)]
     alone.append(Job("other-seed", material.text(train={"seed": 1})))
     both = [
         Job(f"micro-2-{strategy}", material.text(shard={"strategy": strategy}, train={"micro_batch_size": 2}))
-        for strategy in STRATEGIES
+        for strategy in ACCUMULATING
     ]
     large = {"global_batch_size": 128, "warmup": 0}
     both += [Job(f"large-{micro}", material.text(train={**large, "micro_batch_size": micro})) for micro in ("auto", 8)]
@@ -100,9 +102,7 @@ def test_training_moves_the_weights(matrix: Matrix, more: dict[int, dict[str, Ru
     assert largest_relative(losses, more[1]["other-seed"].series("train/loss")) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("num_processes", "name"), [(1, "micro-2"), (1, "micro-1"), *((2, f"micro-2-{s}") for s in STRATEGIES)]
-)
+@pytest.mark.parametrize(("num_processes", "name"), [(1, "micro-2"), *((2, f"micro-2-{s}") for s in ACCUMULATING)])
 def test_partial_windows_are_divided_by_their_real_count(
     more: dict[int, dict[str, Run]], num_processes: int, name: str
 ) -> None:

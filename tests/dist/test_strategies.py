@@ -13,6 +13,8 @@ pytestmark = pytest.mark.dist
 
 OVERFLOW_WORKER = Path(__file__).with_name("overflow_worker.py")
 MIXED = ("ddp", "zero2", "zero3", "fsdp")
+FP16 = ("ddp", "zero3")
+"""Those that overflow are compared under each strategy."""
 
 
 def config_of(material: Material, strategy: str, frozen: str = "auto", **train: Any) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def mixed(material: Material, runs: RunJobs) -> dict[str, Run]:
     rounded = {"freeze": {"embeddings": True, "layers": "0", "dtype": "bf16"}}
     jobs = [Job("fp32", config_of(material, "ddp"))]
     jobs += [Job(f"bf16-{s}", config_of(material, s, precision="bf16")) for s in MIXED]
-    jobs += [Job(f"fp16-{s}", config_of(material, s, precision="fp16")) for s in MIXED]
+    jobs += [Job(f"fp16-{s}", config_of(material, s, precision="fp16")) for s in FP16]
     jobs += [Job(f"rounded-{s}", {**config_of(material, s, precision="bf16"), **rounded}) for s in MIXED]
     jobs += [Job(f"recomputed-{s}", config_of(material, s, gradient_checkpointing=True)) for s in MIXED]
     jobs += [Job("rounded-fsdp-shard", {**config_of(material, "fsdp", "shard", precision="bf16"), **rounded})]
@@ -69,7 +71,7 @@ def test_recomputing_changes_no_number(mixed: dict[str, Run], strategy: str) -> 
     assert recomputed.series("train/grad_norm") == pytest.approx(plain.series("train/grad_norm"), rel=5e-5)
 
 
-@pytest.mark.parametrize("name", [f"{precision}-{s}" for precision in ("bf16", "fp16") for s in MIXED])
+@pytest.mark.parametrize("name", [*(f"bf16-{s}" for s in MIXED), *(f"fp16-{s}" for s in FP16)])
 def test_mixed_precision_is_near_fp32_and_not_it(mixed: dict[str, Run], name: str) -> None:
     plain, losses = mixed["fp32"].series("train/loss"), mixed[name].series("train/loss")
     assert losses == pytest.approx(plain, rel=0.05)

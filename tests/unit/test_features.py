@@ -285,26 +285,24 @@ def install(disable_uvm):
     Path(__file__).with_name("installed").touch()
 """
 START = """
-import sys
 from dist_finetune.worker import run_task
 from dist_finetune.features.accelerate import accelerate_heads
-print(accelerate_heads(sys.argv[1] == "gpu"))
+print(accelerate_heads(False), accelerate_heads(True))
 import dist_finetune.features.run
 print(accelerate_heads(True))
 """
 
 
-@pytest.mark.parametrize(("device", "expected"), [("gpu", "True\nFalse\n"), ("cpu", "False\nFalse\n")])
-def test_cuml_comes_before_scikit_learn_and_only_where_a_gpu_is(tmp_path: Path, device: str, expected: str) -> None:
+def test_cuml_comes_before_scikit_learn_and_only_where_a_gpu_is(tmp_path: Path) -> None:
     package = tmp_path / "cuml"
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "accel.py").write_text(STAND_IN)
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
-    command = [sys.executable, "-c", START, device]
+    command = [sys.executable, "-c", START]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
-    assert done.stdout == expected, done.stderr[-2000:]
-    assert (package / "installed").exists() == (device == "gpu")
+    assert done.stdout == "False True\nFalse\n", done.stderr[-2000:]
+    assert (package / "installed").exists()
 
 
 KEY = FeatureKey("w", "i", "t", ("head",), "auto", "fp32", 8)

@@ -242,7 +242,7 @@ TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2"]
         (TORCHRUN, {}, 4),
         (TORCHRUN, {"OMP_NUM_THREADS": "1"}, 1),
         pytest.param(["accelerate", "launch", "--config_file", str(CPU_CONFIG)], {}, 4, marks=pytest.mark.slow),
-        (["deepspeed", "--num_accelerators", "2", "--master_port", "29565"], {}, 4),
+        pytest.param(["deepspeed", "--num_accelerators", "2", "--master_port", "29565"], {}, 4, marks=pytest.mark.slow),
     ],
     ids=["torchrun", "the user's", "accelerate", "deepspeed"],
 )

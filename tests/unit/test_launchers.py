@@ -690,7 +690,9 @@ def test_accelerate_reads_the_config_files() -> None:
     ("launch", "launcher", "brings"),
     [
         (["torchrun", "--nproc-per-node", "2", "--master-port", "0"], "torchrun", {}),
-        (["accelerate", "launch", "--config_file", str(CPU_CONFIG)], "accelerate launch", {}),
+        pytest.param(
+            ["accelerate", "launch", "--config_file", str(CPU_CONFIG)], "accelerate launch", {}, marks=pytest.mark.slow
+        ),
         (
             [
                 *("accelerate", "launch", "--num_processes", "2", "--main_process_port", "0"),
