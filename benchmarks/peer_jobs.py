@@ -71,7 +71,8 @@ def text(num_frozen: int, epochs: int, grouped: float, default: float, *lrs: flo
 
 
 def image(num_frozen: int, epochs: int, goal: float, model: str = EFFICIENTNET) -> Job:
-    return Job(model, num_frozen, epochs, {"timm loop": goal}, (1e-3,))
+    program = "timm loop" if model == EFFICIENTNET else "timm loop in bf16"
+    return Job(model, num_frozen, epochs, {program: goal}, (1e-3,))
 
 
 CPU_JOBS = {

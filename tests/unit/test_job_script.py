@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,6 +204,25 @@ exit 1
 """
 
 
+@contextlib.contextmanager
+def another_node(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The second node's shell, whose torchrun runs until it is told to stop, and a second more."""
+    programs = stubs(folder / "bin", python=TORCHRUN)
+    node = render_job(job(folder)).split("\nnode='")[1].split("'\n")[0]
+    process = subprocess.Popen(
+        ["bash", "-c", node, str(programs / "python")],
+        env={"PATH": os.environ["PATH"], "SLURM_NODEID": "1", "STUBS": str(programs)},
+        start_new_session=True,
+    )
+    try:
+        wait_for_file(programs / "torchrun.started")
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 @pytest.mark.parametrize(
     ("told", "stays"),
     [([signal.SIGUSR1], True), ([signal.SIGTERM], True), ([signal.SIGUSR1, signal.SIGTERM], False)],
@@ -211,15 +231,7 @@ def test_another_node_outlasts_the_first_one_and_no_more(
     tmp_path: Path, told: list[signal.Signals], stays: bool
 ) -> None:
     """SLURM's end of a step tells it that the first node is gone, here while its own torchrun still ends."""
-    programs = stubs(tmp_path / "bin", python=TORCHRUN)
-    node = render_job(job(tmp_path)).split("\nnode='")[1].split("'\n")[0]
-    process = subprocess.Popen(
-        ["bash", "-c", node, str(programs / "python")],
-        env={"PATH": os.environ["PATH"], "SLURM_NODEID": "1", "STUBS": str(programs)},
-        start_new_session=True,
-    )
-    try:
-        wait_for_file(programs / "torchrun.started")
+    with another_node(tmp_path) as process:
         for number in told:
             os.killpg(process.pid, number)
             time.sleep(0.3)
@@ -228,7 +240,13 @@ def test_another_node_outlasts_the_first_one_and_no_more(
                 process.wait(timeout=3)
         else:
             assert process.wait(timeout=8) == 1
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+
+
+def test_a_waiting_node_whose_sleep_is_not_told_ends_too(tmp_path: Path) -> None:
+    """SLURM signals the processes that it has listed, and a `sleep` that has just begun is not among them."""
+    with another_node(tmp_path) as process:
+        os.killpg(process.pid, signal.SIGUSR1)
+        time.sleep(2.5)
+        assert process.poll() is None
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=8) == 1
