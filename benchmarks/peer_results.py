@@ -62,7 +62,7 @@ def show(results: Sequence[Result], goals: Mapping[str, Mapping[str, float]], pe
     """Prints means, medians and ratios; True where ours is at least as fast and as accurate as each peer, and each goal
     is met. `peak_flops` is what all devices can do a second, of which the last column states the used share."""
     print(
-        f"\n{'job':18} {'program':27} {'accuracy':>8} {'train s':>8} {'ratio':>6} {'goal':>5} "
+        f"\n{'job':24} {'program':27} {'accuracy':>8} {'train s':>8} {'ratio':>6} {'goal':>5} "
         f"{'whole s':>8} {'ratio':>6} {'GiB':>5} {'limit s':>8}{'    MFU' if peak_flops else ''}"
     )
     holds = True
@@ -77,7 +77,7 @@ def show(results: Sequence[Result], goals: Mapping[str, Mapping[str, float]], pe
             limits = [r.limit_s for r in theirs if r.limit_s is not None]
             goal = goals[job].get(program, 1.0)
             print(
-                f"{job:18} {program:27} {accuracy:8.4f} {train_s:8.1f} {train_ratio:6.2f} {goal:5.2f} "
+                f"{job:24} {program:27} {accuracy:8.4f} {train_s:8.1f} {train_ratio:6.2f} {goal:5.2f} "
                 f"{wall_s:8.1f} {wall_ratio:6.2f} {peak_gib:5.2f} "
                 f"{f'{median(limits):8.1f}' if limits else '       -'}"
                 f"{f' {median(r.flops / r.train_s for r in theirs) / peak_flops:6.1%}' if peak_flops else ''}"

@@ -44,6 +44,18 @@ def test_the_table_says_that_the_image_peer_has_one_seed(benchmark: Any, capsys:
     assert "has one fixed seed" in capsys.readouterr().out
 
 
+def test_the_table_of_gpus_tells_how_much_of_their_arithmetic_is_used(
+    benchmark: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = benchmark("peer_results")
+    ours = results.Result("bert", results.OURS, 0, 0.9, 10.0, 20.0, 1.0, 100, 10, flops=4e12)
+    theirs = results.Result("bert", "Trainer", 0, 0.9, 20.0, 30.0, 1.0, flops=1e13)
+    assert results.show([ours, theirs], {"bert": {"Trainer": 1.0}}, peak_flops=1e12)
+    _, head, *rows = capsys.readouterr().out.splitlines()
+    assert head.endswith("MFU")
+    assert [row.split()[-1] for row in rows[:2]] == ["40.0%", "50.0%"]
+
+
 def test_jobs_on_gpus_freeze_the_same_for_us_and_for_the_peer(benchmark: Any) -> None:
     jobs = benchmark("peer_jobs")
     with torch.device("meta"):
