@@ -21,6 +21,7 @@ if { ! command -v slurmctld || ! command -v mpirun; } > /dev/null && [ "$(id -u)
         > /dev/null 2>&1 || echo "the packages $packages can't be installed: tests that need them will skip"
 fi
 
+unset PYTHONDONTWRITEBYTECODE # else each of some hundred processes compiles what it imports
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # First tests of one process, then those that start several, each a file at a time on two workers (tests/conftest.py): one
 # such test leaves a core idle for a third of its time. All but the tests marked slow (other tools' loaders, ...):
