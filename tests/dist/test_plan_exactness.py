@@ -17,7 +17,8 @@ STATE = ("trainable_weights", "frozen_weights", "gradients", "optimizer", "maste
 def test_planned_bytes_are_those_of_the_engines(world_size: int, tmp_path: Path):
     """A BERT and a CNN, in bf16 with nothing frozen, in fp32 with the first parts, by strategy; each kind of bytes."""
     script, rows_file = REPOSITORY / "benchmarks" / "plan_exactness.py", tmp_path / "rows.json"
-    run_path(str(script))["write_material"](tmp_path)
+    benchmark = run_path(str(script))
+    benchmark["write_material"](tmp_path)
     options = ["--quick", f"--material={tmp_path}", f"--rows={rows_file}"]
     done = run_ranks(world_size, script, options, 600, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -34,6 +35,7 @@ def test_planned_bytes_are_those_of_the_engines(world_size: int, tmp_path: Path)
         # leave for the buckets
         most = 1.06 if row["strategy"] == "ddp" else 1.5
         assert 0.99 * real["peak"] <= planned["peak"] <= most * real["peak"], case
+    assert benchmark["report"]([benchmark["Row"](**row) for row in rows]) == 0
 
 
 @pytest.mark.gpu
