@@ -8,6 +8,7 @@ OURS, ALONE = "dist_finetune", "dist_finetune, 1 process"
 SLACK = 1.2
 """Times what the arithmetic takes that a run may take; where it takes more, the table is followed by where it goes."""
 POINT = 0.01
+"""Seeds of one program differ by as much in accuracy, on the 872 rows and 153 images that are held out."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ def summed(runs: Sequence[Result]) -> Result:
 
 
 def show(results: Sequence[Result], goals: Mapping[str, Mapping[str, float]], peak_flops: float | None = None) -> bool:
-    """Prints means, medians and ratios; True where ours is at least as fast and as accurate as each peer, and each goal
-    is met. `peak_flops` is what all devices can do a second, of which the last column states the used share."""
+    """Prints means, medians and ratios; True where ours meets each goal, is as accurate as each peer (but for `POINT`,
+    by which seeds differ) in no more memory, and takes at most `SLACK` times what its arithmetic does. `peak_flops` is
+    what all devices can do a second, of which the last column states the used share."""
     print(
         f"\n{'job':24} {'program':27} {'accuracy':>8} {'train s':>8} {'ratio':>6} {'goal':>5} "
         f"{'whole s':>8} {'ratio':>6} {'GiB':>5} {'limit s':>8}{'    MFU' if peak_flops else ''}"
@@ -85,6 +87,8 @@ def show(results: Sequence[Result], goals: Mapping[str, Mapping[str, float]], pe
             if program not in (OURS, ALONE):
                 holds = holds and train_ratio >= goal and mean(r.accuracy for r in mine) >= accuracy - POINT
                 holds = holds and median(r.peak_gib for r in mine) <= peak_gib
+            elif program == OURS and limits:
+                holds = holds and train_s <= SLACK * median(limits)
     print("accuracy: mean over seeds; the others: median; ratio: theirs to ours, above 1 where ours is faster;")
     if any(result.program == "timm loop" for result in results):
         print("timm loop: its program has one fixed seed, so that its runs differ in time alone, not in accuracy;")

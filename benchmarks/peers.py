@@ -6,8 +6,8 @@
 PATH holds `peers/trainer_text.py`, `peers/trainer_image.py`, `data/sst2` and `data/hymenoptera`. Every run has 2
 processes of 1 thread; ours and theirs take turns, so that whatever else the machine does slows both. Our seconds count
 what the cache takes to fill; nobody's count evaluations or checkpoints, of which peers have none. Prints a table and
-where our time goes, writes every number to FOLDER/peers.json, and exits with 1 where ours is slower than a peer, more
-than a point less accurate, short of a goal, or takes more memory.
+where our time goes, writes every number to FOLDER/peers.json, and exits with 1 where ours falls short of a goal, is
+more than a point less accurate, takes more memory, or more than 1.2 times what its arithmetic alone would take.
 
 With GPUs the jobs are BERT-large, ResNet-50 and ConvNeXt-base in bf16 on all of them, against gpu_peer.py, with the
 share of the device's arithmetic that is used. Weights come from `--gpu-models FOLDER` (bert-large/ as transformers

@@ -90,8 +90,9 @@ def _problems(
     for name in ("gradient_checkpointing", "compile"):
         if getattr(spec.train, name) and not structure.blocks:
             yield f"train.{name} works block by block, and no blocks were found in this model; remove it"
-    if spec.train.compile and topology.device == "cpu" and not has_compiler():
-        yield "train.compile needs a C++ compiler on the CPU, and there is none (g++); install one or leave it out"
+    if spec.train.compile and topology.is_seen and not has_compiler(topology.device):
+        language = "C++ compiler (g++)" if topology.device == "cpu" else "C compiler (gcc)"
+        yield f"train.compile needs a {language}, and there is none; install one or leave it out"
 
 
 def _strategy_problems(spec: Spec, strategy: Strategy, phases: Sequence[PhasePlan]) -> Iterator[str]:
@@ -130,9 +131,11 @@ def _strategy_problems(spec: Spec, strategy: Strategy, phases: Sequence[PhasePla
             )
 
 
-def has_compiler() -> bool:
-    """Whether torch.compile finds what makes code for the CPU."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+def has_compiler(device: str) -> bool:
+    """Whether torch.compile finds a compiler: for code of the CPU, or for what Triton starts a GPU's kernels by."""
+    cpu, gpu = ("CXX", "g++", "clang++", "c++"), ("CC", "gcc", "clang")
+    variable, *usual = cpu if device == "cpu" else gpu
+    return any(shutil.which(name) for name in (os.environ.get(variable, ""), *usual) if name)
 
 
 def _listed(problems: Sequence[str]) -> str:

@@ -71,11 +71,12 @@ def _zero_section(spec: Spec, strategy: Strategy, manifest: Manifest) -> dict[st
         "stage": stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        "overlap_comm": False,
         "contiguous_gradients": True,
         "reduce_scatter": True,
         "round_robin_gradients": False,
     }
+    if stage >= 2:  # stage 1 can't, where our loop says when a window ends; beside offload it waits for copies anyway
+        zero["overlap_comm"] = spec.shard.offload == "none"
     if stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": max(largest, BUCKET_ELEMENTS // 5),
@@ -140,7 +141,7 @@ def _refusal(key: str, value: Any, planned: Any, where: str) -> str:
 
 
 SHOWN = ("wall_clock_breakdown", "dump_state", "memory_breakdown")  # off unless set
-FLAGS = (*SHOWN, "contiguous_gradients", "round_robin_gradients")
+FLAGS = (*SHOWN, "contiguous_gradients", "overlap_comm", "round_robin_gradients")
 # Trade memory or messages for speed, and change no result; by the section that holds them.
 TUNABLE_IN: dict[str, tuple[str, ...]] = {
     "deepspeed": ("steps_per_print", *SHOWN),
@@ -153,6 +154,7 @@ TUNABLE_IN: dict[str, tuple[str, ...]] = {
         "stage3_max_reuse_distance",
         "sub_group_size",
         "contiguous_gradients",
+        "overlap_comm",
         "round_robin_gradients",
     ),
 }

@@ -5,7 +5,7 @@ Started alone it looks at one machine; under a launcher every rank looks, and th
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,12 +32,17 @@ def examine(spec: Spec | None, say: Callable[[str], None]) -> int:
         update={"join_timeout": JOIN_TIMEOUT_S, "timeout": COLLECTIVE_TIMEOUT_S}
     )
     findings: list[Finding] = []
+    num_said = 0
     try:
         with join_world(launch) as world:
-            _examine_together(spec, world, findings)
             speaks = world.is_first
+            for finding in _together(spec, world):
+                findings.append(finding)
+                if speaks:  # at once: NCCL ends a process whose collective does not come back
+                    say(_line(finding))
+                    num_said += 1
     except DistFinetuneError as error:
-        findings, speaks = _alone(spec, error), True
+        findings, num_said, speaks = _alone(spec, error), 0, True
     except RuntimeError as error:  # what torch says of a collective that did not come back
         findings.append(_hang(error, launch, findings))
         speaks = True
@@ -45,7 +50,7 @@ def examine(spec: Spec | None, say: Callable[[str], None]) -> int:
         # One write, so that lines of several ranks on one terminal don't mix.
         counts = {state: sum(f.state == state for f in findings) for state in ("fail", "warn")}
         total = f"{counts['fail']} to mend, {counts['warn']} to know about, {len(findings)} looked at"
-        say("\n".join([*map(_line, findings), total]))
+        say("\n".join([*map(_line, findings[num_said:]), total]))
     return int(any(finding.state == "fail" for finding in findings))
 
 
@@ -75,17 +80,18 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _examine_together(spec: Spec | None, world: World, findings: list[Finding]) -> None:
-    """Adds the findings of all ranks, the same on every rank, each as soon as it is there. Collective."""
-    findings.extend(rank_findings(world))  # one by one: what came before a hang is kept
+def _together(spec: Spec | None, world: World) -> Iterator[Finding]:
+    """The findings of all ranks, the same on every rank, each as soon as it is there. Collective."""
+    yield from rank_findings(world)
     plan, problem = _plan(spec, world)
-    findings += [problem] if problem else []
+    if problem:
+        yield problem
     local = local_findings(spec, plan, None if world.launcher == "none" else world.local_world_size)
-    findings += _merged(gather_objects((socket.gethostname(), local)))
+    yield from _merged(gather_objects((socket.gethostname(), local)))
     output = (output_of(spec) if spec else Path("runs")).absolute()
-    findings.append(shared_folder_finding(world, "run folder", output, must_share=True))
+    yield shared_folder_finding(world, "run folder", output, must_share=True)
     cache = expand_home(os.environ.get("HF_HOME", "~/.cache/huggingface"))
-    findings.append(shared_folder_finding(world, "hub cache", cache, must_share=False))
+    yield shared_folder_finding(world, "hub cache", cache, must_share=False)
 
 
 def _plan(spec: Spec | None, world: World) -> tuple[Plan | None, Finding | None]:

@@ -4,7 +4,6 @@ Replicas part without an error where memory flips a bit, where a rank took other
 plan wrote to a weight. From then on each rank trains a model of its own and rank 0's is saved (DeepSpeed#1767).
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ import torch.distributed as dist
 
 from dist_finetune.engine import Engine
 from dist_finetune.errors import TrainingError
-from dist_finetune.world import World, gather_objects
+from dist_finetune.world import World, gather_objects, settled_s
 
 COST_SHARE = 0.004
 """Most of a run's time that comparisons may take; the first, at step 1, comes on top."""
@@ -33,11 +32,11 @@ class DriftCheck:
         differ, naming the first tensor. Collective when due."""
         if self.world.world_size == 1 or step < self.next_step:
             return
-        began_s = time.perf_counter()
+        began_s = settled_s(self.world.device)  # steps that a GPU still works on are none of the comparison's cost
         tensors = whole_tensors(engine)
         if tensors:
             _compare(step, tensors)
-        ended_s = time.perf_counter()
+        ended_s = settled_s(self.world.device)
         steps, elapsed_s = 1, 0.0
         if self._last:
             steps, elapsed_s = step - self._last[0], began_s - self._last[1]

@@ -53,6 +53,8 @@ class Stage:
     """sha256 of the frozen tensors that are held in bf16 (`freeze.dtype`), as rounded; the export has the source's."""
     cache_s: float
     """Seconds that filling (or finding) the cache of the frozen prefix took."""
+    cache: str
+    """What came of that cache: what it holds and where, or "none: " and why."""
     is_uncached: bool = False
     """True where `cache: auto` measured that a cache would not pay: a resumed run does not measure again."""
     is_whole: bool = False
@@ -103,12 +105,13 @@ class Progress:
     uncached: list[int] = field(default_factory=list)
     """Phases in which `cache: auto` found that a cache would not pay."""
     phases_done: list[dict[str, Any]] = field(default_factory=list)
-    """Name and last step of each finished phase."""
+    """Name, last step and what came of the cache of each finished phase."""
 
-    def end_phase(self, name: str, has_next: bool) -> None:
-        """Notes the end of a phase, and moves on to the next where there is one."""
+    def end_phase(self, stage: Stage, has_next: bool) -> None:
+        """Notes the end of a stage's phase, and moves on to the next where there is one."""
+        name = stage.phase.name
         self.phases_done = [done for done in self.phases_done if done["name"] != name]
-        self.phases_done.append({"name": name, "last_step": self.step})
+        self.phases_done.append({"name": name, "last_step": self.step, "cache": stage.cache})
         if has_next:
             self.phase, self.phase_first_step, self.without_gain = self.phase + 1, self.step, 0
 

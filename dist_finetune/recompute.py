@@ -39,7 +39,7 @@ def recomputed(forward: Forward, norms: Sequence[_BatchNorm] = (), keep_random_s
     """`forward` without kept activations, and with the running statistics of its `norms` moved once. Not torch's
     reentrant form, which gives no gradients to a block whose input needs none, as after a frozen prefix
     (transformers#23170)."""
-    contexts = (lambda: (nullcontext(), _without_statistics(norms))) if norms else noop_context_fn
+    contexts = (lambda: (nullcontext(), without_statistics(norms))) if norms else noop_context_fn
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -67,9 +67,9 @@ def _by_name(forward: Forward, num_positional: int, names: Sequence[str]) -> For
 
 
 @contextmanager
-def _without_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """BatchNorm that normalises by its batch and leaves its running statistics alone: the first pass has moved them,
-    and a second one would move them twice (pytorch#96136)."""
+def without_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """BatchNorm that normalises by its batch and leaves its running statistics alone, in a pass that is no step of the
+    training: one to find the cut, or a second one, where the first has moved them (pytorch#96136)."""
     moving = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.training]
     for norm, _, count in moving:
         norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else count.clone()

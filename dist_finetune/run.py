@@ -75,7 +75,7 @@ def _train(
             last = fit(job, stage, progress, saver, stop)
             verify_frozen(stage.engine, stage.held_digests, world)
             has_next = stage.phase.index + 1 < len(plan.phases)
-            progress.end_phase(stage.phase.name, has_next)
+            progress.end_phase(stage, has_next)
             saver.save(stage, progress)
             if not has_next:
                 break

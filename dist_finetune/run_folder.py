@@ -23,8 +23,9 @@ from dist_finetune.spec_file import resolved_yaml
 Changes = Literal["none", "layout", "allow"]
 RunState = Literal["new", "unfinished", "finished"]
 LAYOUT_KEYS = (
-    "shard.", "launch.", "track.", "checkpoint.", "output", "name", "data.num_workers", "cache.folder", "cache.quota",
-    "train.micro_batch_size", "train.eval_batch_size", "train.gradient_checkpointing", "train.log_every",
+    "shard.", "launch.", "track.", "checkpoint.", "output", "name", "data.num_workers", "cache.mode", "cache.folder",
+    "cache.quota", "train.micro_batch_size", "train.eval_batch_size", "train.gradient_checkpointing", "train.compile",
+    "train.log_every",
 )  # fmt: skip
 ALLOWED_KEYS = (
     "train.epochs", "train.max_steps", "train.lr", "train.head_lr", "train.pattern_lr", "train.schedule",

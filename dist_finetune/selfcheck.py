@@ -148,8 +148,7 @@ def compare_runs(alone: Path, several: Path, num_processes: int, device: str) ->
         if mine["train/lr"] != theirs["train/lr"]:
             parted = parted or f"step {mine['step']}: train/lr is {theirs['train/lr']}, alone {mine['train/lr']}"
         for key in ("train/loss", "train/grad_norm"):
-            difference = abs(mine[key] - theirs[key]) / max(abs(mine[key]), 1e-12)
-            difference = float("inf") if math.isnan(difference) else difference
+            difference = _no_nan(abs(mine[key] - theirs[key]) / max(abs(mine[key]), 1e-12))
             differences[key] = max(differences[key], difference)
             if not difference <= tolerances[key]:
                 far = far or f"step {mine['step']}: {key} is {theirs[key]:.7g}, alone {mine[key]:.7g}"
@@ -187,4 +186,9 @@ def _frozen_names(run: Path) -> set[str]:
 def _largest(one: NDArray[Any], other: NDArray[Any]) -> float:
     if one.shape != other.shape:
         return float("inf")
-    return float(np.abs(one.astype(np.float64) - other.astype(np.float64)).max(initial=0.0))
+    return _no_nan(float(np.abs(one.astype(np.float64) - other.astype(np.float64)).max(initial=0.0)))
+
+
+def _no_nan(difference: float) -> float:
+    """Infinity for NaN, which compares with nothing and which `max` passes over."""
+    return math.inf if math.isnan(difference) else difference

@@ -162,9 +162,9 @@ class TrainSpec(Section):
     max_steps: PositiveInt | None = None
     """End sooner, after so many optimizer steps; the schedule spans what will really run."""
     global_batch_size: PositiveInt = 32
-    """Samples an optimizer step takes over all ranks; accumulation is derived from it."""
+    """Samples an optimizer step takes over all processes, whose number must divide it; accumulation follows from it."""
     micro_batch_size: AutoOrPositive = "auto"
-    """Samples one forward pass takes on one rank."""
+    """Samples one forward pass takes on one rank. Lower it where memory runs out: the numbers stay the same."""
     eval_batch_size: AutoOrPositive = "auto"
     """Samples one evaluation pass takes on one rank."""
     lr: Annotated[float, Field(gt=0)] | None = None
@@ -176,6 +176,7 @@ class TrainSpec(Section):
     pattern_lr: dict[str, Annotated[float, BeforeValidator(_no_true_rate), Field(gt=0)]] = {}
     """Learning rate of the parameters that a glob takes, such as {"*.LayerNorm.*": 1e-4}; wins over the others."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How learning rates fall after the warm-up: to zero along a line or a cosine, or not at all."""
     warmup: Warmup = 0.06
     """Below 1: fraction of all steps; from 1: a number of steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -183,6 +184,7 @@ class TrainSpec(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the global gradient norm; null for no clipping."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of new weights, the order of rows, dropout and augmentation."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on GPUs that have it, else fp32. Weights, optimizer state and norms are fp32 at every precision."""
     gradient_checkpointing: bool = False
@@ -212,15 +214,21 @@ class PhaseSpec(Section):
     """One part of a run with a freeze of its own; what is left out comes from `train`."""
 
     name: Annotated[str, Field(min_length=1, max_length=40)]
+    """What logs and reports call it."""
     freeze: Annotated[FreezeSpec, BeforeValidator(_freeze_section, json_schema_input_type=FreezeSpec | str | None)]
+    """As in `freeze`."""
     epochs: Annotated[float, Field(gt=0)]
     """Passes over the training data; with `until`, the most that the phase may take."""
     until: Literal["plateau"] | None = None
     """plateau: the phase ends at the first evaluation without a better score."""
     lr: Annotated[float, Field(gt=0)] | None = None
+    """As in `train`, and so for the next three."""
     head_lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the head."""
     schedule: Literal["linear", "cosine", "constant"] | None = None
+    """Over the steps of this phase."""
     warmup: Warmup | None = None
+    """Before them."""
 
 
 class ShardSpec(Section):
@@ -245,12 +253,16 @@ class CacheSpec(Section):
     """Number type on disk; bf16 halves the size and rounds."""
     folder: str | None = None
     """Where to keep it, a fast disk that all ranks see; left out: <output>/.cache."""
-    quota: Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str)] = 100 * 2**30
+    quota: Annotated[
+        int,
+        BeforeValidator(parse_bytes, json_schema_input_type=int | str),
+        Field(json_schema_extra={"default": "100GiB"}),
+    ] = 100 * 2**30
     """Bytes (or "100GiB") that all entries may take; the least recently used go first, none of the last day."""
 
 
 class CheckpointSpec(Section):
-    every: Interval = (1.0, "epochs")
+    every: Annotated[Interval, Field(json_schema_extra={"default": "1 epoch"})] = (1.0, "epochs")
     """How often to save: "200 steps", "30 min" or "1 epoch"."""
     keep: PositiveInt = 2
     """Newest checkpoints to keep; older ones go once a newer one is complete."""
@@ -270,7 +282,9 @@ class TrackSpec(Section):
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """auto: online when logged in, else offline."""
     project: str = "dist-finetune"
+    """Project of W&B."""
     entity: str | None = None
+    """User or team of W&B; left out: your own."""
     tensorboard: bool = False
     """Also write TensorBoard event files into <run>/tensorboard (needs the tensorboard package)."""
 
@@ -311,8 +325,9 @@ class Spec(Section):
     """A ready word (none, backbone, norms, bias-only, all-but-last N) or rules; left out: nothing is frozen."""
     train: Annotated[TrainSpec, BeforeValidator(_section)] = TrainSpec()
     phases: tuple[PhaseSpec, ...] | Literal["gradual", "lp-ft"] = ()
-    """Parts of the run with a freeze each, instead of `freeze`; or a ready word. gradual: the head first, then blocks
-    from the top, an epoch each (ULMFiT). lp-ft: the head alone for an epoch, then what `freeze` leaves (Kumar 2022)."""
+    """Parts of the run with a freeze each, instead of `freeze`; or a ready word. gradual: the head in the first
+    epoch, then a larger part from the top in each, the whole model in the last (ULMFiT). lp-ft: the head alone for an
+    epoch, then what `freeze` leaves (Kumar 2022)."""
     shard: Annotated[ShardSpec, BeforeValidator(_section)] = ShardSpec()
     cache: Annotated[CacheSpec, BeforeValidator(_cache_section, json_schema_input_type=CacheSpec | str | None)] = (
         CacheSpec()

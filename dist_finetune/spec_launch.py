@@ -111,8 +111,11 @@ class SlurmSpec(Section):
     time: SlurmTime = "04:00:00"
     """Time limit of one attempt, such as 04:00:00 or "90 min"; at the limit the run saves and is queued again."""
     partition: Line | None = None
+    """Where the job waits, as `sinfo` lists them."""
     account: Line | None = None
+    """Who is billed."""
     qos: Line | None = None
+    """Quality of service."""
     constraint: Line | None = None
     """Features that nodes must have, such as "a100&ib"."""
     gpu_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
@@ -161,6 +164,7 @@ class CloudSpec(Section):
     max_hours: Annotated[float, Field(gt=0)] | None = None
     """Ends the job after so long, whatever happens; on SkyPilot counted anew where another machine takes over."""
     disk_gb: PositiveInt = 100
+    """Disk of a machine, in GB."""
     secrets: Annotated[StringList, AfterValidator(_secret_names)] = ()
     """Names of environment variables with secrets, such as WANDB_API_KEY; values stay where they are."""
     env: Variables = {}

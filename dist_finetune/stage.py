@@ -5,7 +5,7 @@ a checkpoint changed, then the freeze, then an optimizer of exactly what trains,
 """
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -35,6 +35,18 @@ from dist_finetune.whole_steps import takes_whole_steps
 from dist_finetune.world import World
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What the steps of a stage compute: the whole model on rows of the data, or what a cache leaves of both."""
+
+    phase: PhasePlan
+    splits: dict[str, Rows]
+    cache: str
+    """See `Stage.cache`, and so for the others."""
+    dropped: dict[str, torch.Tensor] = field(default_factory=dict)
+    is_whole: bool = False
+
+
 def load_base(plan: Plan, world: World, report: Reporter) -> tuple[nn.Module, Provenance]:
     """The model with its base weights, whole, on the CPU of every rank, its memory shared within a node. Collective."""
     model, classes = plan.spec.model, plan.data.classes
@@ -58,28 +70,31 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
     rows = job.splits["train"]
     setting = f"phases.{phase.index}.freeze.patterns" if job.plan.spec.phases else "freeze.patterns"
     require_gradients(model, rows.first_batch(), rows.task, len(rows.classes), setting)
-    splits = job.splits
-    dropped: dict[str, torch.Tensor] = {}
-    is_whole = False
+    decision = job.plan.cache[phase.index]
+    work = _Work(phase, job.splits, f"none: {decision.reason}")
     started_s = time.perf_counter()
     done = checkpoint.state["progress"] if checkpoint else {}
     is_uncached = phase.index in done.get("uncached", ())
-    if job.plan.cache[phase.index].use and not is_uncached:
+    if is_uncached:
+        work = replace(work, cache="none: it was found not to pay")
+    elif decision.use:
         is_begun = bool(done) and done["phase"] == phase.index and done["step"] > done["phase_first_step"]
         try:
-            phase, splits, dropped, is_whole = _cached(job, phase, model, digests, is_begun)
+            work = _cached(job, phase, model, digests, is_begun)
         except NoCut as reason:
             job.report.say(f"note: no cache: {reason}")
             is_uncached = isinstance(reason, NotWorth)
+            work = replace(work, cache=f"none: {reason}")
     cache_s = time.perf_counter() - started_s
+    phase, splits = work.phase, work.splits
     rounded = _rounded(job, phase, model)
     optimizer = build_optimizer(model, phase.groups)
-    engine = shard(model, optimizer, job.plan, phase, accelerator, job.world, is_whole)
+    engine = shard(model, optimizer, job.plan, phase, accelerator, job.world, work.is_whole)
     engine.rehearse(to_device(splits["train"].first_batch()["inputs"], job.world.device))
     if checkpoint:
         load_moments(engine, checkpoint, checkpoint.state["adam_steps"])
         engine.loss_scale.restore(checkpoint.state["loss_scale"])
-    return Stage(phase, engine, splits, digests, dropped, rounded, cache_s, is_uncached, is_whole)
+    return Stage(phase, engine, splits, digests, work.dropped, rounded, cache_s, work.cache, is_uncached, work.is_whole)
 
 
 def _rounded(job: Job, phase: PhasePlan, model: nn.Module) -> dict[str, str]:
@@ -91,16 +106,14 @@ def _rounded(job: Job, phase: PhasePlan, model: nn.Module) -> dict[str, str]:
     return {name: digest_tensor(model.get_parameter(name)) for name in names}
 
 
-def _cached(
-    job: Job, phase: PhasePlan, model: nn.Module, digests: dict[str, str], is_begun: bool
-) -> tuple[PhasePlan, dict[str, Rows], dict[str, torch.Tensor], bool]:
-    """Turns `model` into the part above its frozen prefix, fed from stored activations; and whether each rank computes
-    all of its steps. Raises NoCut, with the model as it was, where that fails or does not pay."""
+def _cached(job: Job, phase: PhasePlan, model: nn.Module, digests: dict[str, str], is_begun: bool) -> _Work:
+    """Turns `model` into the part above its frozen prefix, fed from stored activations. Raises NoCut, with the model as
+    it was, where that fails or does not pay."""
     full = job.plan.spec.checkpoint.full
     # buffers too: BatchNorm that trained in an earlier phase has moved its statistics
     changed = {r.name for p in job.plan.phases[: phase.index] for r in p.manifest.records if not r.frozen}
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    splits, cut = cache_splits(job, phase, model, digests, is_begun)
+    splits, cut, told = cache_splits(job, phase, model, digests, is_begun)
     state = {r.name for r in phase.manifest.records if full or r.name in changed}
     kept = [name for name in cut.dropped if name in state]  # what the model computes by itself is no part of it
     dropped = {name: tensors[name].detach().to("cpu", copy=True) for name in kept}
@@ -108,7 +121,7 @@ def _cached(
     is_whole = bool(cut.chain) and takes_whole_steps(job.plan, phase, model, splits["train"], job.world)
     if is_whole:
         job.report.say("each process computes all of a step: exchanging its gradients would take longer")
-    return phase, splits, dropped, is_whole
+    return _Work(phase, splits, told, dropped, is_whole)
 
 
 def next_stage(job: Job, stage: Stage, progress: Progress, saver: Saver) -> Stage:

@@ -127,11 +127,12 @@ def _dealt_to(job: Job, stage: Stage) -> tuple[int, int]:
 def _train_step(
     job: Job, stage: Stage, step: StepBatch, phase_step: int, batches: Iterator[Batch], log: StepLog
 ) -> None:
-    """One optimizer step: all micro-batches, one reduction, one update.
+    """One optimizer step: all micro-batches, their reduction (at the last of them; under zero2 and zero3 at each), one
+    update.
 
     The loss of each micro-batch is a sum over its rows, or labelled words, divided by the global batch's real count, so
     that partial windows and uneven shares weigh each of them the same; times the number of ranks that share the step,
-    because engines average over them. Filler micro-batches weigh nothing.
+    because engines average over them. Filler micro-batches weigh nothing (but BatchNorm that trains sees their row).
     """
     world, engine, phase = job.world, stage.engine, stage.phase
     rank, world_size = _dealt_to(job, stage)

@@ -30,7 +30,9 @@ LOOKS_TO_WAIT = 3  # files of another node may be seen late; a rank that is aliv
 WAITING_IN = (
     "torch/distributed/",
     "torch/autograd/",
+    "torch/nn/modules/_functions.py",  # SyncBatchNorm
     "deepspeed/",
+    "dist_finetune/engine/precision.py",  # whether gradients are finite
     "dist_finetune/stopping.py",
     "dist_finetune/world.py",
 )

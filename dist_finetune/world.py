@@ -6,6 +6,7 @@ The only file that starts or ends a process group. Works alone (one process, a n
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -218,6 +219,9 @@ def _check_ranks(world: World) -> None:
             f"{places[0][1]} ranks on {places[0][2]} (rank 0), but {other[1]} on {other[2]} (rank {other[0]}): start "
             "as many on each machine (torchrun --nproc-per-node, srun --ntasks-per-node)"
         )
+    bare = next((p for p in places if p[3] is None), None)
+    if bare and any(p[3] for p in places):
+        raise UserError(f"rank {bare[0]} on {bare[2]} sees no GPU, others do: {GPUS_MISSING_TODO}")
     gpus = [(host, uuid) for _, _, host, uuid in places if uuid]
     shared = sorted({g for g in gpus if gpus.count(g) > 1})
     if shared:
@@ -226,6 +230,13 @@ def _check_ranks(world: World) -> None:
             f"ranks {ranks} on {shared[0][0]} would share one GPU ({shared[0][1]}): "
             "give each task its own (srun --gpus-per-task=1) or let all tasks of a node see all its GPUs"
         )
+
+
+def settled_s(device: torch.device) -> float:
+    """The time, in seconds of a clock that only goes forward, once the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def waits_for_files() -> bool:

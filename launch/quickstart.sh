@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the package and fine-tunes a real BERT and a real CNN: on all GPUs, or on two CPU processes where there is none.
+# Installs the package and fine-tunes a real BERT and a real CNN: on the GPUs, or on two CPU processes where there is none.
 # Arguments are handed to both runs, such as train.epochs=1 or --fresh.
 set -euo pipefail
 
@@ -39,8 +39,10 @@ done
 case " $* " in
     *" --processes"* | *" --gpus"*) ;;
     *)
-        gpus=$(python -c 'from dist_finetune.launchers.local import count_gpus; print(count_gpus())')
-        [ "$gpus" -gt 0 ] || processes=(--processes 2)
+        # as many as share a batch of 32 evenly
+        gpus=$(python -c 'from dist_finetune.launchers.local import count_gpus
+print(max((n for n in range(1, count_gpus() + 1) if 32 % n == 0), default=0))')
+        if [ "$gpus" -gt 0 ]; then processes=(--gpus "$gpus"); else processes=(--processes 2); fi
         ;;
 esac
 

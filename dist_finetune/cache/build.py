@@ -34,7 +34,7 @@ from dist_finetune.cache.fill import (
 )
 from dist_finetune.cache.rows import CachedCollate, CachedRows
 from dist_finetune.cache.store import FORMAT, TORCH_TYPES, Layout, StoredRows, read_layout
-from dist_finetune.cache.worth import SAVED_S, SLOW_DISK, Worth, disk_speed, settle, weigh
+from dist_finetune.cache.worth import SAVED_S, SLOW_DISK, Worth, disk_speed, weigh
 from dist_finetune.data.loading import Rows
 from dist_finetune.data.text import TextRows
 from dist_finetune.engine.base import Inputs
@@ -46,20 +46,23 @@ from dist_finetune.models.sources import forward_logits
 from dist_finetune.phases import PhasePlan
 from dist_finetune.spec import SHARDED_WEIGHTS
 from dist_finetune.tasks.task import counted
-from dist_finetune.world import on_first, together
+from dist_finetune.world import on_first, settled_s, together
 
 if TYPE_CHECKING:
     from dist_finetune.data.images import ImageRows
 
-AGREEMENT = {"fp32": 1e-4, "bf16": 3e-2}  # of logits, relative: a CNN differs by up to 3e-5 at another batch size
+AGREEMENT = {"fp32": 1e-4, "tf32": 3e-3, "bf16": 3e-2}
+"""Of logits, relative: a CNN differs by up to 3e-5 at another batch size. GPUs round to TF32 (5e-4) in convolutions."""
 PROBE_ROWS = 4
-WORTH_ROWS = 8  # enough to tell how long a row takes
+WORTH_ROWS = 8
+"""Enough to tell how long a row takes on a CPU. A GPU would spend more on starting the pass: it gets a full one."""
 
 
 def cache_splits(
     job: Job, phase: PhasePlan, model: nn.Module, frozen_digests: dict[str, str], is_begun: bool
-) -> tuple[dict[str, Rows], Cut]:
-    """Cached rows of every split, and the cut; `model`, frozen and whole, is turned into its tail. Collective.
+) -> tuple[dict[str, Rows], Cut, str]:
+    """Cached rows of every split, the cut, and words for what was stored or found; `model`, frozen and whole, is turned
+    into its tail. Collective.
 
     A phase that `is_begun` goes on with its cache, whatever the disk's speed is now. Raises NoCut, with the model as it
     was, where it can't be cut or the tail does not give the whole model's logits; NotWorth where `auto` finds that it
@@ -88,8 +91,9 @@ def cache_splits(
     _agreeing_tail(job, model, cut, lambda: cached["train"].first_batch(PROBE_ROWS)["inputs"])
     what = "reused" if is_reused else f"built in {time.perf_counter() - started:.1f} s"
     where = f"the first token at {cut.at.path}" if cut.reads_first_only else cut.at.path
-    job.report.say(f"cache {what}: {entry.num_bytes / 2**20:,.0f} MiB of {where}, {entry.folder}")
-    return cached, cut
+    told = f"{what}: {entry.num_bytes / 2**20:,.0f} MiB of {where}, {entry.folder}"
+    job.report.say(f"cache {told}")
+    return cached, cut, told
 
 
 def _cut_on_device(job: Job, phase: PhasePlan, model: nn.Module, batch: dict[str, Any]) -> Cut:
@@ -112,14 +116,16 @@ def _require_worth(job: Job, phase: PhasePlan, model: nn.Module, cut: Cut, entry
     num_bytes, root = entry.num_bytes, entry.folder.parent
     passes = phase.num_steps / job.plan.batches.steps_per_epoch
     rows, device = job.splits["train"], job.world.device
+    num_rows = WORTH_ROWS if device.type == "cpu" else max(WORTH_ROWS, job.plan.batches.eval_batch_size)
 
     def measure() -> Worth:
-        batch = rows.first_batch(WORTH_ROWS)
+        batch = rows.first_batch(num_rows)
         inputs = to_device(batch["inputs"], device)
-        run_prefix(model, cut, inputs)  # once before, which is slower
-        started = settle(device)
-        run_prefix(model, cut, inputs)
-        row_s = (settle(device) - started) / len(batch["labels"])
+        with autocast_of(job.plan)():  # as the training that is spared would run
+            run_prefix(model, cut, inputs)  # once before, which is slower
+            started = settled_s(device)
+            run_prefix(model, cut, inputs)
+            row_s = (settled_s(device) - started) / len(batch["labels"])
         prefix_s = row_s * rows.num_rows / job.world.world_size
         worth = weigh(passes, prefix_s, num_bytes, SLOW_DISK, SLOW_DISK)
         if worth.is_settled:
@@ -195,8 +201,9 @@ def _agreeing_tail(job: Job, model: nn.Module, cut: Cut, tail_inputs: Callable[[
             except CANNOT_RUN_ALONE as error:
                 raise NoCut(f"cut after {cut.at.path}, the rest can't run alone: {_first_line(error)}") from None
         difference = ((whole - tail).abs().max() / whole.abs().max().clamp(min=1e-12)).item()
+        exact = "tf32" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "fp32"
         is_coarse = "bf16" in (precision, job.plan.spec.cache.dtype)
-        if not difference <= AGREEMENT["bf16" if is_coarse else "fp32"]:
+        if not difference <= AGREEMENT["bf16" if is_coarse else exact]:
             raise NoCut(f"cut after {cut.at.path}, its logits would differ by {difference:.1e}")
 
     try:

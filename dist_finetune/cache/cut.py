@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_finetune.cache.trace import Call, Value, single_tensor, trace
 from dist_finetune.engine.base import Inputs
 from dist_finetune.errors import DistFinetuneError
 from dist_finetune.models.dropout import layer_drops
 from dist_finetune.models.sources import forward_logits
+from dist_finetune.recompute import without_statistics
 
 ACTIVATION = "activation"  # key of the stored activation among the inputs of a text batch
 CANNOT_RUN_ALONE = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
@@ -80,8 +82,9 @@ def find_cut(model: nn.Module, inputs: Inputs) -> Cut:
 
     Raises NoCut where nothing frozen lies below the first trainable module, or no module there returns one tensor.
     """
-    calls, logits = trace(model, inputs)
     modules = dict(model.named_modules())
+    with without_statistics([module for module in modules.values() if isinstance(module, _BatchNorm)]):
+        calls, logits = trace(model, inputs)
     starts = {call.module: call.started for call in sorted(calls, key=lambda call: -call.started)}
     trainable = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
     first = min((_first_use(name, starts) for name in trainable), default=0)

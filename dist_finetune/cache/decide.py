@@ -28,6 +28,8 @@ def decide_cache(spec: Spec, manifest: Manifest, structure: Structure, num_passe
     if spec.cache.views and not spec.data.augment:
         raise UserError("cache.views has no effect without data.augment; remove it, or set data.augment: true")
     if mode == "off":
+        if spec.cache.views:
+            raise UserError("cache.views has no effect beside cache: off, where every epoch has new images; remove one")
         return CacheDecision(False, "off in the config")
     obstacle = _obstacle(spec, manifest, structure)
     if obstacle and mode == "on":

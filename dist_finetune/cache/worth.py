@@ -5,8 +5,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 SLOW_DISK = 50 * 2**20
 """Bytes a second that any disk gives. Where the cache pays even so, or costs little, no disk is measured."""
 LITTLE_S = 0.5
@@ -77,10 +75,3 @@ def disk_speed(folder: Path, num_bytes: int) -> tuple[float, float]:
     finally:
         path.unlink(missing_ok=True)
     return write_speed, read_speed
-
-
-def settle(device: torch.device) -> float:
-    """The time, once the device has done all that was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -117,11 +117,17 @@ def doctor(
     raise typer.Exit(examine(spec, typer.echo))
 
 
-def schema() -> None:
+def schema(
+    as_text: Annotated[bool, typer.Option("--text", help="Print all keys as tables in Markdown instead.")] = False,
+) -> None:
     """Print the JSON Schema of the config, for completion in an editor."""
     from dist_finetune.spec import Spec
+    from dist_finetune.spec_text import key_tables
 
     content = Spec.model_json_schema()
     # A file without a name takes its own.
     content["required"] = [key for key in content["required"] if key != "name"]
+    if as_text:
+        typer.echo(key_tables(content), nl=False)
+        return
     typer.echo(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **content}, indent=2))

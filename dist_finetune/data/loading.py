@@ -1,6 +1,7 @@
 """Encoded rows of a split together with how they make batches, and the loader that feeds one rank's steps."""
 
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dist_finetune.data import batches
 from dist_finetune.data.batches import MicroBatch, StepBatch
+from dist_finetune.signals import SIGNALS
 from dist_finetune.tasks.names import TaskName
 from dist_finetune.world import World
 
@@ -66,12 +68,21 @@ class Rows:
             batch_sampler=keys,
             collate_fn=self.collate,
             num_workers=self.num_workers,
+            worker_init_fn=_hear_no_signals,
             pin_memory=for_gpu,
             prefetch_factor=NUM_AHEAD if self.num_workers else None,
             # each start of a loader draws a number, on a GPU in mid-step: from the model's a resumed run would not
             generator=torch.Generator(),
         )
         return ahead(loader, torch.cuda.current_device()) if for_gpu and not self.num_workers else iter(loader)
+
+
+def _hear_no_signals(worker: int) -> None:
+    """For a loader process. torchrun sends signals to all processes of a rank: one that SIGTERM ends would have torch
+    raise an error in the rank, before it has saved; and others it would write into the pipe by which the rank hears of
+    them (signals.py), as forks share it. It ends with its loader, or its rank."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def ahead(batches: Iterable[Batch], device: int | None = None, num_ahead: int = NUM_AHEAD) -> Iterator[Batch]:

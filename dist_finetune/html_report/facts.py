@@ -105,9 +105,12 @@ def run_facts(record: RunRecord) -> list[Fact]:
         Fact("strategy", str(plan.get("strategy")), note=str(plan.get("strategy_reason", ""))),
     ]
     phases = plan.get("phases", ())
+    done = {phase["name"]: phase for phase in record.summary.get("phases", ())}
     for phase, decision in zip(phases, plan.get("cache", ()), strict=False):
         label = "cache" if len(phases) == 1 else f"cache, {phase['name']}"
-        facts.append(Fact(label, "on" if decision["use"] else "off", note=decision["reason"]))
+        became = done.get(phase["name"], {}).get("cache")
+        note = "; in the run: ".join(filter(None, (decision["reason"], became if decision["use"] else None)))
+        facts.append(Fact(label, "on" if decision["use"] else "off", note=note))
     return facts
 
 

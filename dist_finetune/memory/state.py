@@ -186,7 +186,8 @@ def _zero_1_or_2(
     own_gradients = int(own.max()) * FP32_BYTES
     in_update = largest_share * FP32_BYTES
     if shards_gradients:
-        gradients, communication = own_gradients, bucket + staged
+        num_filled = 2 if zero["overlap_comm"] else 1  # one is filled while the other is on its way
+        gradients, communication = own_gradients, num_filled * bucket + staged
         communication += own_gradients if accumulates else 0  # the next micro-batch's, before they are added
         update = in_update
     else:

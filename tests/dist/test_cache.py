@@ -22,6 +22,16 @@ PHASES = [
     {"name": "all", "freeze": "none", "epochs": 1},
 ]
 
+BESIDE = {
+    "zero1": {"shard": {"strategy": "zero1", "offload": "optimizer"}},
+    "zero3": {"shard": {"strategy": "zero3", "offload": "optimizer"}, "train": {"gradient_checkpointing": True}},
+    "fsdp": {"shard": {"strategy": "fsdp", "offload": "parameters", "frozen": "shard"}},
+}
+"""What a cache has to go with, and must not change a number."""
+MOVING = {"freeze": {"patterns": []}, "shard": {"strategy": "ddp"}, "train": {"epochs": 2}}
+"""BatchNorm above the cut trains, and its statistics move."""
+IN_BF16 = {"train": {"precision": "bf16"}, "freeze": {"dtype": "bf16"}, "shard": {"strategy": "zero2"}}
+
 
 @pytest.fixture(scope="module")
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -45,6 +55,9 @@ def pairs(material: Material, runs: RunJobs, shared_cache: Path) -> dict[str, Ru
     all_blocks = material.text(freeze={"embeddings": True, "layers": "all"}, shard={"strategy": "ddp"})
     jobs += [Job(f"first-{mode}", {**all_blocks, "cache": mode}) for mode in ("off", "on")]
     jobs.append(Job("first-dropout", with_dropout(material, shared_cache, 4)))
+    jobs += [Job(f"moving-{mode}", {**material.image(**MOVING), "cache": mode}) for mode in ("off", "on")]
+    jobs += [Job(f"beside-{name}", {**material.text(**more), "cache": "on"}) for name, more in BESIDE.items()]
+    jobs += [Job(f"bf16-{mode}", {**material.text(**IN_BF16), "cache": mode}) for mode in ("off", "on")]
     half = {"mode": "on", "dtype": "bf16"}
     jobs.append(Job("text-bf16", {**material.text(), "shard": {"strategy": "ddp"}, "cache": half}))
     jobs.append(Job("two", elsewhere(material, shared_cache)))
@@ -80,6 +93,33 @@ def test_losses_are_those_of_the_plain_run(pairs: dict[str, Run], kind: str, tol
         assert "cache built" in log_of(cached) or "cache reused" in log_of(cached)
         assert cached.series("train/loss") == pytest.approx(plain.series("train/loss"), rel=tolerance)
         assert cached.series("eval/accuracy") == plain.series("eval/accuracy")
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_it_goes_with_offload_and_recomputing(pairs: dict[str, Run], name: str) -> None:
+    plain, cached = pairs["text-ddp-off"], pairs[f"beside-{name}"]
+    assert "cache reused" in log_of(cached)
+    assert cached.summary["phases"][0]["cache"].startswith("reused: ")
+    assert cached.series("train/loss") == pytest.approx(plain.series("train/loss"), rel=1e-5)
+
+
+def test_statistics_above_the_cut_move_as_in_the_plain_run(pairs: dict[str, Run]) -> None:
+    plain, cached = pairs["moving-off"], pairs["moving-on"]
+    assert "cache reused" in log_of(cached)
+    assert cached.series("train/loss") == pytest.approx(plain.series("train/loss"), rel=1e-5)
+    weights = plain.weights()
+    moved = [name for name in weights if name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    assert len(moved) > 20
+    for name in moved:
+        torch.testing.assert_close(cached.weights()[name], weights[name], rtol=1e-5, atol=1e-6)
+
+
+def test_it_goes_with_bf16(pairs: dict[str, Run]) -> None:
+    """Of which it stores fp32, as the layer above the cut is given it."""
+    plain, cached = pairs["bf16-off"], pairs["bf16-on"]
+    assert "cache built" in log_of(cached)
+    assert plain.summary["phases"][0]["cache"] == "none: off in the config"
+    assert cached.series("train/loss") == pytest.approx(plain.series("train/loss"), rel=BF16_TOLERANCE)
 
 
 def test_the_export_is_complete_and_frozen_tensors_are_the_sources(pairs: dict[str, Run]) -> None:

@@ -14,7 +14,7 @@ from dist_finetune.selfcheck import NO_GRADIENT
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.skipif(
-        not has_compiler(), reason="needs a C++ compiler, which torch.compile has make code for the CPU"
+        not has_compiler("cpu"), reason="needs a C++ compiler, which torch.compile has make code for the CPU"
     ),
 ]
 

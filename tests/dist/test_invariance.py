@@ -11,6 +11,8 @@ from invariance.cases import FREEZES, MODELS, ROWS, STRATEGIES, WORLD_SIZES, Cas
 from invariance.compare import TOLERANCES, Outcome, beyond, compare
 from invariance.suite import run_cases
 
+NAN = float("nan")
+
 
 def _check(cases: list[Case], folder: Path, timeout_s: float, num_gpus: int = 0) -> None:
     results = run_cases(cases, folder, timeout_s, num_gpus)
@@ -86,5 +88,12 @@ def test_a_difference_is_seen() -> None:
     assert beyond(compare(outcome(), outcome())) == {}
     for key, other in changed.items():
         assert list(beyond(compare(other, outcome()))) == [key], key
-    assert set(beyond(compare(outcome(loss=[float("nan")]), outcome()))) == {"loss"}
+    for key in ("loss", "grad_norm"):
+        good = {"loss": [1.0] * 3, "grad_norm": [2.0] * 3, "lr": [1e-4] * 3, "ids": [[0]] * 3}
+        long, lost = outcome(**good), outcome(**{**good, key: [good[key][0], NAN, good[key][0]]})
+        assert set(beyond(compare(lost, long))) == {key}
+    spoilt = {"weight:a": torch.ones(2), "weight:b": torch.tensor([NAN]), "weight:c": torch.ones(2)}
+    whole = {**spoilt, "weight:b": torch.ones(1)}
+    both = (outcome(tensors={**tensors, **weights}) for weights in (spoilt, whole))
+    assert set(beyond(compare(*both))) == {"weights"}
     assert set(beyond(compare(outcome(loss=[1.0, 1.0]), outcome()))) == set(TOLERANCES)

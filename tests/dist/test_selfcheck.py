@@ -64,16 +64,25 @@ def test_it_refuses_what_it_cannot_compare(material: Material, tmp_path: Path) -
     assert "give --processes 2 or more" in done.stderr
 
 
-def write_run(folder: Path, *, loss: float = 1.0, lr: float = 1e-4, frozen: float = 1.0, logit: float = 0.0) -> Path:
+def write_run(
+    folder: Path,
+    *,
+    loss: float = 1.0,
+    lr: float = 1e-4,
+    norm: float = 1.0,
+    frozen: float = 1.0,
+    weight: float = 1.0,
+    logit: float = 0.0,
+) -> Path:
     """A run's files as `compare_runs` reads them: two steps, one trained and one frozen tensor."""
     for name in ("model", "predictions"):
         (folder / name).mkdir(parents=True)
-    rows = [{"step": s, "train/loss": loss if s == 2 else 2.0, "train/lr": lr, "train/grad_norm": 1.0} for s in (1, 2)]
+    rows = [{"step": s, "train/loss": loss if s == 2 else 2.0, "train/lr": lr, "train/grad_norm": norm} for s in (1, 2)]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tensors = [{"name": "a", "frozen": False}, {"name": "b", "frozen": True}]
     (folder / "freeze.json").write_text(json.dumps({"phases": {"train": {"tensors": tensors}}}))
     (folder / "plan.json").write_text(json.dumps({"strategy": "zero2"}))
-    save_file({"a": torch.ones(2), "b": torch.full((2,), frozen)}, folder / "model" / "model.safetensors")
+    save_file({"a": torch.tensor([weight, 1.0]), "b": torch.full((2,), frozen)}, folder / "model" / "model.safetensors")
     save_file({"logits": torch.full((1, 2), logit)}, folder / "predictions" / "validation.safetensors")
     assert load_file(folder / "model" / "model.safetensors").keys() == {"a", "b"}
     return folder
@@ -85,6 +94,9 @@ def write_run(folder: Path, *, loss: float = 1.0, lr: float = 1e-4, frozen: floa
         ({"loss": 1.0001}, "step 2: train/loss is 1.0001, alone 1"),
         ({"loss": float("nan")}, "step 2: train/loss is nan"),
         ({"lr": 2e-4}, "step 1: train/lr is 0.0002, alone 0.0001"),
+        ({"norm": 1.001}, "step 1: train/grad_norm is 1.001, alone 1"),
+        ({"weight": 1.001}, "weights after the last step differ by 1.0e-03"),
+        ({"weight": float("nan")}, "weights after the last step differ by inf"),
         ({"frozen": 1.0 + 1e-7}, "b is frozen and differs"),
         ({"logit": 1e-3}, "logits after the last step differ by 1.0e-03"),
     ],
@@ -95,7 +107,9 @@ def test_it_says_where_two_runs_part(tmp_path: Path, changes: dict[str, float], 
     assert found.parted is not None
     assert words in found.parted
     assert f"NO: {found.parted}" in found.lines()
-    assert ("by rounding alone" in found.lines()) == (changes.keys() <= {"loss", "logit"} and "nan" not in words)
+    assert ("by rounding alone" in found.lines()) == (
+        not changes.keys() & {"lr", "frozen"} and words != "step 2: train/loss is nan"
+    )
     assert compare_runs(alone, alone, 2, "cpu").parted is None
 
 

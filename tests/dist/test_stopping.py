@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from harness import Job, RunJobs, command, read_json
 from job_process import (
@@ -104,8 +105,9 @@ def test_other_launchers_pass_signals_on(
     launch: Callable[[Path], list[str]],
     number: signal.Signals,
 ) -> None:
-    """They turn each code into 1, so the summary says it; torchrun's own report ends with our words."""
-    config, run = make_config(**LONG), tmp_path / "runs" / "job"
+    """They turn each code into 1, so the summary says it; torchrun's own report ends with our words. Both signal the
+    loader processes of a rank too."""
+    config, run = make_config(data={"num_workers": 1}, **LONG), tmp_path / "runs" / "job"
     with started(launch(config), tmp_path, material, **HANDLED) as job:
         wait_for_step(job, run, 3)
         job.process.send_signal(number)
@@ -345,8 +347,18 @@ def test_a_cache_that_is_half_filled_is_kept_and_filled_up(
     noted = [read_json(path)["rows"] for path in tmp_path.glob("cache/.*/train-*.json")]
     assert len(noted) == 2
     assert all(0 < rows < 75 for rows in noted)
+    # a number of a late row that is done: what is computed again would be written over it
+    (marked,) = tmp_path.glob("cache/.*/train-00000.bin")
+    numbers = np.memmap(marked, np.float32, "r+")
+    place = int(np.flatnonzero(numbers)[-1])
+    right, numbers[place] = numbers[place], 0.125
+    numbers.flush()
     train_to_the_end(config, tmp_path, material)
     (kept,) = (tmp_path / "cache").iterdir()
+    numbers = np.memmap(kept / marked.name, np.float32, "r+")
+    assert numbers[place] == 0.125 != right
+    numbers[place] = right
+    numbers.flush()
     straight = make_config(cache={"mode": "on", "folder": str(tmp_path / "straight")}, train=train)
     train_to_the_end(straight, tmp_path, material, "--fresh")
     (whole,) = (tmp_path / "straight").iterdir()

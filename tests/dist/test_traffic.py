@@ -47,6 +47,14 @@ def test_a_step_sends_what_the_plan_says(ranks: list[dict[str, Any]], strategy: 
             assert found["planned"] <= sent <= 1.005 * found["planned"] + FEW
 
 
+def test_fsdp_gathers_a_block_at_a_time(ranks: list[dict[str, Any]]) -> None:
+    """All in one group would send as many bytes, and hold the whole model at once."""
+    for found in (rank["fsdp"] for rank in ranks):
+        gathered = [size for name, size in found["steps"][-1] if name == "c10d::_allgather_base_"]
+        assert len(gathered) >= 3 * found["micro_batches"]  # two blocks and the head train
+        assert max(gathered) < sum(gathered) / 2 / found["micro_batches"]
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_no_micro_batch_waits_for_a_number(ranks: list[dict[str, Any]], strategy: str) -> None:
     """Nothing in a step reads one but the model, which asks whether its mask has padding."""

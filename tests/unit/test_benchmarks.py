@@ -44,6 +44,25 @@ def test_the_table_says_that_the_image_peer_has_one_seed(benchmark: Any, capsys:
     assert "has one fixed seed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("changes", "holds"),
+    [
+        ({}, True),
+        ({"train_s": 10.1}, False),  # the peer's 20 s over the goal of 2
+        ({"accuracy": 0.889}, False),
+        ({"peak_gib": 1.1}, False),
+        ({"fill_s": 6.0, "tail_s": 2.4}, True),
+        ({"fill_s": 6.0, "tail_s": 2.3}, False),  # 10 s are more than 1.2 times 8.3
+    ],
+)
+def test_the_verdict_of_a_comparison(benchmark: Any, changes: dict[str, float], holds: bool) -> None:
+    results = benchmark("peer_results")
+    values = {"accuracy": 0.9, "train_s": 10.0, "wall_s": 20.0, "peak_gib": 1.0, "num_samples": 100, "num_steps": 10}
+    mine = results.Result("text", results.OURS, 0, **{**values, **changes})
+    theirs = results.Result("text", "Trainer", 0, **{**values, "train_s": 20.0})
+    assert results.show([mine, theirs], {"text": {"Trainer": 2.0}}) == holds
+
+
 def test_the_table_of_gpus_tells_how_much_of_their_arithmetic_is_used(
     benchmark: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,6 +86,8 @@ def test_auto_goes_without_and_on_is_refused_with_the_same_reason(
 def test_versions_of_images_that_are_not_augmented_are_refused(plan_of: Planned) -> None:
     with pytest.raises(UserError, match=r"cache\.views has no effect without data\.augment"):
         plan_of("image", cache={"views": 2})
+    with pytest.raises(UserError, match=r"cache\.views has no effect beside cache: off"):
+        plan_of("image", data={"augment": True}, cache={"mode": "off", "views": 2})
 
 
 def test_one_pass_repays_nothing(plan_of: Planned) -> None:

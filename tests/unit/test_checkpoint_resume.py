@@ -129,6 +129,18 @@ def test_a_run_goes_on_with_less_memory_and_another_disk(again: tuple[Path, Trai
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+def test_a_run_goes_on_from_stored_activations_or_without(again: tuple[Path, Train], finished: Any) -> None:
+    run, start = again
+    for mode, became in (("on", "built"), ("off", "none: off in the config")):
+        shutil.rmtree(run / "checkpoints" / "step-000008")
+        (run / "summary.json").unlink(missing_ok=True)
+        summary = start("layout", overrides=[f"cache={mode}"])
+        assert summary.steps == 8
+        assert summary.phases[0]["cache"].startswith(became)
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (run, finished[1]))
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in b)
+
+
 def test_a_run_that_another_job_has_taken_over_exports_nothing(
     again: tuple[Path, Train], monkeypatch: pytest.MonkeyPatch
 ) -> None:

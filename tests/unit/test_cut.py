@@ -51,8 +51,10 @@ def frozen_model(name: str, rules: dict[str, object]) -> tuple[nn.Module, Manife
 def test_tail_gives_the_whole_models_logits(name: str, rules: dict[str, object], at: str) -> None:
     model, manifest, inputs = frozen_model(name, rules)
     train_mode(model, manifest)
+    before = copy.deepcopy(model.state_dict())
     cut = find_cut(model, inputs)
     assert cut.at.path == at
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "statistics moved"
     model.eval()
     whole = forward_logits(model, inputs)
     activation = run_prefix(model, cut, inputs).clone()

@@ -31,7 +31,7 @@ class Run:
         self.step, self.now_s, self.cost_s = 0, 0.0, 0.0
         self.compared: list[int] = []
         self.check, self._module = DriftCheck(WORLD, 1), nn.Linear(2, 2)
-        monkeypatch.setattr(drift, "time", SimpleNamespace(perf_counter=lambda: self.now_s))
+        monkeypatch.setattr(drift, "settled_s", lambda device: self.now_s)
 
     @property
     def module(self) -> nn.Module:

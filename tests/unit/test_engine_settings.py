@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -18,7 +19,7 @@ from dist_finetune.drift import checksums
 from dist_finetune.engine.blocks import prepare_blocks
 from dist_finetune.engine.ddp import DdpEngine
 from dist_finetune.engine.precision import FIRST_SCALE, LossScale, round_frozen
-from dist_finetune.engine.statistics import moving_statistics
+from dist_finetune.engine.statistics import moving_statistics, synchronise_batchnorm
 from dist_finetune.errors import TrainingError, UserError
 from dist_finetune.freeze import apply_freeze, compile_freeze, train_mode
 from dist_finetune.fsdp_layout import block_groups, fsdp_section
@@ -124,6 +125,10 @@ REFUSED = [
         ["shard.strategy=zero2", "shard.deepspeed={zero_optimization: {stage3_max_live_parameters: 5}}"],
         ["stage3_max_live_parameters", "no effect", "remove it"],
     ),
+    (
+        ["shard.strategy=zero1", "shard.deepspeed={zero_optimization: {overlap_comm: true}}"],
+        ["overlap_comm", "no effect", "remove it"],
+    ),
     (["freeze.dtype=bf16"], ["needs train.precision: bf16", "it is fp32"]),
     (["freeze.dtype=bf16", "freeze.embeddings=false", "freeze.layers=null"], ["no effect", "nothing is frozen"]),
     (["shard.frozen=shard", "freeze.embeddings=false", "freeze.layers=null"], ["no effect", "nothing is frozen"]),
@@ -142,12 +147,14 @@ def test_combinations_that_cannot_work(config: Path, overrides: list[str], words
         assert word in str(error.value)
 
 
-def test_compiling_on_a_cpu_without_a_compiler(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"PATH": str(tmp_path), "CXX": ""}.items():
+def test_compiling_without_a_compiler(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU too, where this machine has it: another one may have a compiler."""
+    for name, value in {"PATH": str(tmp_path), "CXX": "", "CC": ""}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"needs a C\+\+ compiler on the CPU, and there is none .* leave it out"):
-        plan_of(config, "train.compile=true")
-    assert plan_of(config, "train.compile=true", device="cuda").spec.train.compile
+    for device, language in (("cpu", r"C\+\+ compiler \(g\+\+\)"), ("cuda", r"C compiler \(gcc\)")):
+        with pytest.raises(UserError, match=rf"needs a {language}, and there is none; .* leave it out"):
+            plan_of(config, "train.compile=true", device=device)
+    assert plan_of(config, "train.compile=true", device="cuda", is_seen=False).spec.train.compile
 
 
 def test_bf16_on_a_gpu_that_has_none(config: Path) -> None:
@@ -238,6 +245,7 @@ def test_sizes_for_a_cnn_come_from_its_parameters(monkeypatch: pytest.MonkeyPatc
             assert "auto" not in json.dumps(settings)
             zero = settings["zero_optimization"]
             assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == bucket + bucket % 2
+            assert zero.get("overlap_comm", False) == (strategy != "zero1")  # which DeepSpeed refuses it
             assert strategy != "zero3" or zero["stage3_prefetch_bucket_size"] >= max(sizes.values())
 
 
@@ -387,3 +395,24 @@ def test_statistics_that_move_are_those_of_batchnorm_that_is_not_held() -> None:
     assert [id(b) for b in found] == [id(model[3].running_mean), id(model[3].running_var)]
     thawed = dataclasses.replace(manifest, mode="train")
     assert len(moving_statistics(model, thawed)) == 4
+
+
+def test_on_gpus_exactly_the_batchnorm_that_trains_is_synchronised() -> None:
+    """With the same parameters, which the optimizer has already, and names; also timm's, which holds an activation."""
+    model = timm.create_model("test_resnet", num_classes=2)
+    manifest = compile_freeze(FreezeSpec(layers="0"), structure_of(model), model)
+    train_mode(model, manifest)
+    before, kinds = model.state_dict(keep_vars=True), {path: type(module) for path, module in model.named_modules()}
+    norms = {path for path, kind in kinds.items() if issubclass(kind, nn.BatchNorm2d)}
+    held = {path for path in norms if not model.get_submodule(path).training}
+    synchronise_batchnorm(model, manifest)
+    after = model.state_dict(keep_vars=True)
+    changed = {path for path, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)}
+    assert changed == norms - held
+    assert held
+    assert changed
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in after if isinstance(before[name], nn.Parameter))
+    assert all(torch.equal(after[name], before[name]) for name in after)
+    assert all(model.get_submodule(path).training for path in changed)
+    assert moving_statistics(model, manifest) == []

@@ -97,10 +97,11 @@ def show_gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ("n0", "GPU-a", r"ranks \[0, 1\] on n0 would share one GPU \(GPU-a\): give each task its own"),
         ("n0", "GPU-b", None),
         ("n1", "GPU-a", None),
+        ("n1", None, "rank 1 on n1 sees no GPU, others do: look at `nvidia-smi` there"),
     ],
 )
-def test_two_ranks_on_one_gpu_are_refused(
-    host: str, gpu: str, words: str | None, monkeypatch: pytest.MonkeyPatch
+def test_two_ranks_on_one_gpu_are_refused_and_one_without(
+    host: str, gpu: str | None, words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)

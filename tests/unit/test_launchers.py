@@ -642,7 +642,11 @@ def test_visible_gpus_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 LAUNCH_TABLE = {
     "this machine": ("tests/dist/test_launchers_agree.py", '"run": [sys.executable'),
     "Accelerate": ("tests/dist/test_launchers_agree.py", '"accelerate": [*ACCELERATE'),
-    "torchrun": ("tests/dist/test_launch_table.py", "def test_elastic_torchrun_with_as_many_machines_as_come"),
+    "torchrun": ("tests/dist/test_launchers_agree.py", "by_torchrun"),
+    "elastic torchrun, on each machine": (
+        "tests/dist/test_launch_table.py",
+        "def test_elastic_torchrun_with_as_many_machines_as_come",
+    ),
     "DeepSpeed": (
         "tests/dist/test_launchers_agree.py",
         '"deepspeed": [*DEEPSPEED, "--module", "dist_finetune", "train"',

@@ -1,5 +1,6 @@
 """Batches that a thread makes ahead: the same ones in the same order, and no thread that is left."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from dist_finetune.data.loading import Rows, ahead
+from dist_finetune.signals import SIGNALS, StopSignals
 
 
 def batches(made: list[int], number: int = 20, fails_at: int | None = None) -> Iterator[dict[str, Any]]:
@@ -62,3 +64,22 @@ def test_a_loader_draws_nothing_from_the_numbers_of_the_model() -> None:
     before = torch.get_rng_state()
     assert [batch["inputs"] for batch in rows.batches_of([[0, 1], [2]])] == [[1, 2], [3]]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class ToldToStop:
+    """Rows whose loader process gets signals, as from a launcher that signals all processes of a rank."""
+
+    def __getitem__(self, key: int) -> int:
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+        return os.getpid()
+
+
+def test_a_signal_to_a_loader_process_is_not_taken_for_one_to_its_rank() -> None:
+    """Nor does it end the process: the rank may be saving, and need its batches until it is told itself."""
+    with StopSignals() as signals:
+        rows = Rows(ToldToStop(), list, None, num_workers=1)  # type: ignore[arg-type]
+        (one,), (other,) = rows.batches_of([[0], [1]])
+        time.sleep(0.2)
+        assert one == other != os.getpid()
+        assert signals.first is None

@@ -1,5 +1,6 @@
 """Bytes and operations of a plan, by hand on small numbers and against real passes of tiny models."""
 
+import dataclasses
 import random
 
 import pytest
@@ -23,7 +24,12 @@ from dist_finetune.models.structure import Structure, structure_of
 from dist_finetune.recompute import called_modules, recomputed, recomputed_blocks
 from dist_finetune.spec import FreezeSpec
 
-ZERO = {"reduce_bucket_size": 100, "stage3_max_reuse_distance": 20, "stage3_prefetch_bucket_size": 5}
+ZERO = {
+    "reduce_bucket_size": 100,
+    "overlap_comm": False,
+    "stage3_max_reuse_distance": 20,
+    "stage3_prefetch_bucket_size": 5,
+}
 SMALL = Layout(groups=((5, 3), (7,)), frozen=(9, 2), buffer_bytes=24, num_reduced_in_bf16=0)
 
 
@@ -70,6 +76,12 @@ def test_zero_1_and_2_pad_each_group_to_twice_the_world_size():
     # rank 2 has a part of each parameter; their gradients are kept whole
     assert state_bytes(SMALL, "zero2", 4, ZERO, False).gradients == 4 * 15
     assert state_bytes(SMALL, "zero1", 4, ZERO, False).gradients == 4 * 15
+
+
+def test_zero2_has_a_second_bucket_where_one_is_on_its_way():
+    one, two = (state_bytes(SMALL, "zero2", 4, {**ZERO, "overlap_comm": flag}, False) for flag in (False, True))
+    assert two.communication - one.communication == 4 * 100
+    assert dataclasses.replace(two, communication=one.communication) == one
 
 
 def test_zero3_pads_each_parameter_to_the_world_size_and_shards_what_is_frozen():

@@ -136,7 +136,7 @@ def test_tensors_of_a_torch_file_are_counted_as_a_run_reads_them(tmp_path: Path)
 def test_tokens_are_prepared_where_the_run_looks_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a training or of a feature run, and whether or not this machine could do what is asked of the run's own."""
     monkeypatch.setattr("dist_finetune.cache.tokens.STORE_FROM_ROWS", 10)
-    monkeypatch.setattr("dist_finetune.combinations.has_compiler", lambda: False)
+    monkeypatch.setattr("dist_finetune.combinations.has_compiler", lambda device: False)
     (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"row {i},{'ab'[i % 2]}\n" for i in range(40)))
     config = {
         "model": {"name": "demo:minilm"}, "data": {"train": str(tmp_path / "rows.csv")}, "name": "run",
@@ -151,7 +151,7 @@ def test_tokens_are_prepared_where_the_run_looks_for_them(tmp_path: Path, monkey
     def encode() -> TextRows:
         raise AssertionError("the tokens are not found")
 
-    on_gpus = Topology(1, 2, "cuda")
+    on_gpus = Topology(1, 2, "cuda", is_seen=False)
     for plan in (plan_run(spec, on_gpus, tables), plan_run(without_training(spec, 2), on_gpus, tables)):
         assert len(TokenStore(plan, tokenizer).rows("train", tables.train, encode)) == len(tables.train)
     merged_spec = merged(spec, {"task": "features", "features": {}})

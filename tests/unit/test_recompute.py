@@ -9,14 +9,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from dist_finetune import recompute
-from dist_finetune.recompute import _without_statistics, recomputed
+from dist_finetune.recompute import recomputed, without_statistics
 
 
 def test_synchronised_batchnorm_stays_whole_while_it_is_recomputed() -> None:
     """It insists on a count of batches, also in a pass that adds nothing to it."""
     norm = nn.SyncBatchNorm(4)
     assert norm.num_batches_tracked is not None
-    with _without_statistics([norm]):
+    with without_statistics([norm]):
         assert norm.num_batches_tracked is not None
         norm.num_batches_tracked.add_(1)
     assert (norm.momentum, norm.num_batches_tracked.item()) == (0.1, 0)

@@ -25,7 +25,7 @@ def test_what_was_dropped_comes_back_from_the_base_model_as_it_was(changed: str 
     dropped = {"0.bias": torch.tensor([1.0, 2.0, 3.0])}
     trained = {name: source[name] + 1 for name in ("2.weight", "2.bias")}
     digests = {name: digest_tensor((source | dropped)[name]) for name in source if name not in trained}
-    stage = Stage(None, None, {}, digests, dropped, {}, 0.0)  # type: ignore[arg-type]
+    stage = Stage(None, None, {}, digests, dropped, {}, 0.0, "none: off")  # type: ignore[arg-type]
     if changed is None:
         whole = _with_dropped(stage, base, trained)
         assert list(whole) == list(source)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dist_finetune.cache.entries import cache_root
+from dist_finetune.cli.planning import schema
 from dist_finetune.data.sources import expand, hub_parts
 from dist_finetune.durations import parse_bytes, parse_duration_s
 from dist_finetune.errors import UserError
@@ -357,3 +358,15 @@ def test_a_home_in_yaml_is_that_of_who_runs_it(monkeypatch: pytest.MonkeyPatch) 
 def test_a_home_that_nobody_has_is_told(read: Callable[[str], object]) -> None:
     with pytest.raises(UserError, match=r"~nouser/x\*: no home folder is known here for ~nouser; write the path"):
         read("~nouser/x*")
+
+
+def test_the_document_of_the_config_has_every_key_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    schema(as_text=True)
+    tables = capsys.readouterr().out
+    document = (Path(__file__).parents[2] / "docs" / "config.md").read_text(encoding="utf-8")
+    assert document.endswith(tables), "write what `dist-finetune schema --text` prints to the end of docs/config.md"
+    rows = {row.split("`")[1]: row for row in tables.splitlines() if row.startswith("| `")}
+    assert "| `linear`, `cosine`, `constant` | `linear` |" in rows["train.schedule"]
+    assert "| needed |" in rows["model.name"]
+    assert rows.keys() >= {"name", "freeze.layers", "phases[].until", "launch.slurm.time", "launch.cloud.spot"}
+    assert [key for key, row in rows.items() if row.endswith("|  |")] == [], "keys without a meaning"

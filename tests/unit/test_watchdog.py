@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from dist_finetune import watchdog
 from dist_finetune.cache.fill import require_seen
-from dist_finetune.watchdog import place_of
+from dist_finetune.watchdog import WAITING_IN, place_of
 from dist_finetune.world import _attempt
 
 
@@ -39,3 +40,13 @@ def test_a_rank_that_reads_from_its_gpu_waits_for_others() -> None:
         over.release()
         reading.join()
     assert waits
+
+
+def test_places_where_ranks_wait_are_files_that_are_there() -> None:
+    """Among them where batches are normalised over all ranks, and where it is asked whether gradients are finite."""
+    installed = Path(torch.__file__).parents[1]
+    package = Path(watchdog.__file__).parents[1]
+    assert [part for part in WAITING_IN if not (installed / part).exists() and not (package / part).exists()] == []
+    waiting = (installed / "torch/nn/modules/_functions.py").read_text()
+    assert "class SyncBatchNorm" in waiting
+    assert "isfinite" in (package / "dist_finetune/engine/precision.py").read_text()

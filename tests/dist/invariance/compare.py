@@ -1,10 +1,11 @@
 """What a run leaves that must not depend on how it was run, and how far two such outcomes lie apart."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -48,6 +49,7 @@ def read_outcome(run: Path, ids: list[list[int]], accumulation: int) -> Outcome:
     assert batches["gradient_accumulation_steps"] == accumulation, batches
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "train/loss" in line]
+    assert len(ids) == len(steps), f"samples of {len(ids)} steps were noted, {len(steps)} were taken"
     evaluations = [line for line in lines if "eval/loss" in line]
     phases = json.loads((run / "freeze.json").read_text(encoding="utf-8"))["phases"].values()
     frozen = set.intersection(*({t["name"] for t in phase["tensors"] if t["frozen"]} for phase in phases))
@@ -78,8 +80,8 @@ def compare(outcome: Outcome, reference: Outcome) -> dict[str, float]:
         "grad_norm": _relative(outcome.grad_norm, reference.grad_norm),
         "logits": (mine["logits"] - theirs["logits"]).abs().max().item(),
         "predictions": float((mine["logits"].argmax(1) != theirs["logits"].argmax(1)).sum()),
-        "metrics": max(map(_relative, outcome.metrics, reference.metrics)),
-        "weights": max((mine[n].double() - theirs[n].double()).abs().max().item() for n in trained),
+        "metrics": _largest(map(_relative, outcome.metrics, reference.metrics)),
+        "weights": _largest((mine[n].double() - theirs[n].double()).abs().max().item() for n in trained),
         "frozen": float(sum(not torch.equal(mine[n], theirs[n]) for n in frozen)),
     }
 
@@ -87,7 +89,12 @@ def compare(outcome: Outcome, reference: Outcome) -> dict[str, float]:
 def _relative(values: list[float], others: list[float]) -> float:
     if len(values) != len(others):
         return float("inf")
-    return max(abs(a - b) / max(abs(b), 1e-12) if a != b else 0.0 for a, b in zip(values, others, strict=True))
+    return _largest(abs(a - b) / max(abs(b), 1e-12) if a != b else 0.0 for a, b in zip(values, others, strict=True))
+
+
+def _largest(distances: Iterable[float]) -> float:
+    """NaN where one is, which `max` may pass over."""
+    return float(np.max(list(distances)))
 
 
 def beyond(distance: dict[str, float], tolerances: Mapping[str, float] = TOLERANCES) -> dict[str, float]:
