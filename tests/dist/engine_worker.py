@@ -2,7 +2,7 @@
 
 For each strategy this opens the run's stage as `run.train` does and writes to RESULTS.json.RANK: the fragments that
 this rank updates, the counts that the engine states, whether its check refuses the manifest of another freeze, how
-it predicts, and how many of the engine's tensors are still there once it is closed.
+it predicts, how many of the engine's tensors are still there once it is closed, and of those that a cache drops.
 """
 
 import os
@@ -32,10 +32,13 @@ def look(config: str, strategy: str, world: World) -> dict[str, Any]:
     phase = job.plan.phases[0]
     model, _ = load_base(job.plan, job.world, job.report)
     replicated = len(phase.manifest.frozen) if job.plan.costs.frozen_layout == "replicate" else 0
+    loaded = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
     wider = compile_freeze(FreezeSpec(rule="backbone"), job.plan.structure, model)
     stage = open_stage(job, phase, None, model)
     engine = stage.engine
     held = engine.held()
+    names = {record.name for record in stage.phase.manifest.records}
+    dropped = [loaded[name] for name in loaded.keys() - names]
     counts = {"optimizer": held.optimizer, "gradients": held.gradients, "padding": held.padding}
     mapped = sum("dist-finetune-" in line for line in Path("/proc/self/maps").read_text().splitlines())
     try:
@@ -59,6 +62,7 @@ def look(config: str, strategy: str, world: World) -> dict[str, Any]:
         "fragments": fragments, **counts,
         "trainable": phase.manifest.trainable, "sizes": sizes, "refusal": refusal,
         "mapped": mapped, "buffers": num_buffers, "replicated": replicated,
+        "dropped": len(dropped), "dropped_left": sum(parameter() is not None for parameter in dropped),
         "held": len(left), "left": sum(tensor() is not None for tensor in left),
         "inference": logits.is_inference(), "graph": logits.requires_grad,
     }  # fmt: skip

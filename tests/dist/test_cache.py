@@ -143,6 +143,20 @@ def test_no_rank_holds_the_cached_prefix(pairs: dict[str, Run], strategy: str) -
     assert cached["total"] <= plain["total"] - plain["frozen_weights"]
 
 
+def test_nothing_keeps_the_cached_prefix(material: Material, tmp_path: Path) -> None:
+    """Whatever the engine counts: the parameters themselves are gone."""
+    config = write_config(tmp_path / "c.yaml", material.text(), cache="on", output=str(tmp_path / "runs"))
+    ways = ("ddp", "zero3", "fsdp")
+    worker = Path(__file__).with_name("engine_worker.py")
+    done = run_ranks(2, worker, [config, tmp_path / "found.json", *ways], 300, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        found = read_json(tmp_path / f"found.json.{rank}")
+        assert {way: (found[way]["dropped"] > 10, found[way]["dropped_left"]) for way in ways} == {
+            way: (True, 0) for way in ways
+        }
+
+
 def test_a_phase_that_freezes_less_fills_another_cache_or_has_none(pairs: dict[str, Run]) -> None:
     plain, cached = pairs["phases-off"], pairs["phases-auto"]
     keys = re.findall(r"cache (?:built|reused).* (/\S+)", log_of(cached))
