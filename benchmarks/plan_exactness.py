@@ -1,6 +1,6 @@
 """Planned bytes against what the real engines hold, on CPU processes.
 
-    python benchmarks/plan_exactness.py [--worlds 1 2 4] [--strategies ddp zero1 zero2 zero3 fsdp] [--quick] [--json FILE]
+    python benchmarks/plan_exactness.py [--worlds 1 2 4] [--strategies ddp zero1 ...] [--quick] [--json FILE]
 
 For 3 BERTs and 3 CNNs by 4 freezes by fp32 and bf16, each strategy takes three real steps of two micro-batches.
 Compared are weights, gradients, optimizer state and master copies (the plan against the rank with most), the bytes that
@@ -234,7 +234,8 @@ def lasting_storages() -> dict[int, int]:
 def gradient_bytes(engine: Any) -> int:
     """Bytes of the gradients between the last backward pass and the update."""
     zero = getattr(engine, "_zero", None)
-    tensors = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    tensors = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
     if zero is not None and hasattr(zero, "grad_partitions_flat_buffer"):
         tensors.append(zero.grad_partitions_flat_buffer)
     elif zero is not None:

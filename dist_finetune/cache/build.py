@@ -35,7 +35,7 @@ from dist_finetune.cache.fill import (
 from dist_finetune.cache.rows import CachedCollate, CachedRows
 from dist_finetune.cache.store import FORMAT, TORCH_TYPES, Layout, StoredRows, read_layout
 from dist_finetune.cache.worth import SAVED_S, SLOW_DISK, Worth, disk_speed, weigh
-from dist_finetune.data.loading import Rows
+from dist_finetune.data.loading import Batch, Rows
 from dist_finetune.data.text import TextRows
 from dist_finetune.engine.base import Inputs
 from dist_finetune.engine.precision import autocast_of, bf16_of
@@ -80,15 +80,17 @@ def cache_splits(
     layouts = {name: layout_for(job, cut, rows) for name, rows in job.splits.items()}
     entry = Entry(cache_root(job.plan.spec) / key, source, layouts)
     is_reused = on_first(job.world, lambda: entry.is_there())
+    whole = together(lambda: _logits(job, model, probe))
     if not is_reused:
-        _agreeing_tail(job, model, cut, lambda: _fed(job, model, cut, probe))()  # undone: the whole model fills
+        fed = together(lambda: {**probe, "inputs": _fed(job, model, cut, probe)})
+        _agreeing_tail(job, model, cut, whole, lambda: fed)()  # undone: the whole model fills
         if job.plan.spec.cache.mode == "auto" and not is_begun:
             _require_worth(job, phase, model, cut, entry)
         is_reused = fill_once(job, model, cut, entry)
     together(lambda: require_seen(entry.folder / META))
     cached = together(lambda: _open(job, cut, entry))
     on_first(job.world, lambda: touch(entry.folder))
-    _agreeing_tail(job, model, cut, lambda: cached["train"].first_batch(PROBE_ROWS)["inputs"])
+    _agreeing_tail(job, model, cut, whole, lambda: cached["train"].first_batch(PROBE_ROWS))
     what = "reused" if is_reused else f"built in {time.perf_counter() - started:.1f} s"
     where = f"the first token at {cut.at.path}" if cut.reads_first_only else cut.at.path
     told = f"{what}: {entry.num_bytes / 2**20:,.0f} MiB of {where}, {entry.folder}"
@@ -122,7 +124,8 @@ def _require_worth(job: Job, phase: PhasePlan, model: nn.Module, cut: Cut, entry
         batch = rows.first_batch(num_rows)
         inputs = to_device(batch["inputs"], device)
         with autocast_of(job.plan)():  # as the training that is spared would run
-            run_prefix(model, cut, inputs)  # once before, which is slower
+            if device.type != "cpu":
+                run_prefix(model, cut, inputs)  # once before: the first pass of a size is slower
             started = settled_s(device)
             run_prefix(model, cut, inputs)
             row_s = (settled_s(device) - started) / len(batch["labels"])
@@ -183,23 +186,29 @@ def _fed(job: Job, model: nn.Module, cut: Cut, batch: dict[str, Any]) -> Inputs:
     return {**inputs, ACTIVATION: activation}
 
 
-def _agreeing_tail(job: Job, model: nn.Module, cut: Cut, tail_inputs: Callable[[], Inputs]) -> Callable[[], None]:
-    """Makes the tail and returns what undoes it, once the first rows went both ways in eval mode, through the whole
-    model and through its tail. Raises NoCut, with the model as it was, where their logits differ. Collective."""
+def _logits(job: Job, model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Logits (M, C) in eval mode, on the CPU in fp32; where words are tagged without those of padding, which nothing
+    reads, and none are stored."""
+    with torch.inference_mode(), bf16_of(job.plan):
+        logits = forward_logits(model, to_device(batch["inputs"], job.world.device)).float().cpu()
+    return counted(logits, batch["labels"])[0]
+
+
+def _agreeing_tail(
+    job: Job, model: nn.Module, cut: Cut, whole: torch.Tensor, tail_batch: Callable[[], Batch]
+) -> Callable[[], None]:
+    """Makes the tail and returns what undoes it, once it has given the logits of the `whole` model for the first rows.
+    Raises NoCut, with the model as it was, where they differ. Collective."""
     device, precision = job.world.device, job.plan.precision
     undo: list[Callable[[], None]] = []
 
     def compare() -> None:
-        batch = job.splits["train"].first_batch(PROBE_ROWS)
-        whole_inputs, fed = to_device(batch["inputs"], device), to_device(tail_inputs(), device)
-        with torch.inference_mode(), bf16_of(job.plan):
-            # padding has logits of its own where words are tagged; nothing reads them, and none are stored
-            whole, _ = counted(forward_logits(model, whole_inputs).float().cpu(), batch["labels"])
-            undo.append(make_tail(model, cut))
-            try:
-                tail, _ = counted(forward_logits(model, fed).float().cpu(), batch["labels"])
-            except CANNOT_RUN_ALONE as error:
-                raise NoCut(f"cut after {cut.at.path}, the rest can't run alone: {_first_line(error)}") from None
+        batch = tail_batch()
+        undo.append(make_tail(model, cut))
+        try:
+            tail = _logits(job, model, batch)
+        except CANNOT_RUN_ALONE as error:
+            raise NoCut(f"cut after {cut.at.path}, the rest can't run alone: {_first_line(error)}") from None
         difference = ((whole - tail).abs().max() / whole.abs().max().clamp(min=1e-12)).item()
         exact = "tf32" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "fp32"
         is_coarse = "bf16" in (precision, job.plan.spec.cache.dtype)

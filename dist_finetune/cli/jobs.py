@@ -40,7 +40,7 @@ def resume(
     overrides: Overrides = None,
     gpus: Gpus = None,
     processes: Processes = None,
-    allow: Annotated[bool, typer.Option("--allow", help="Also accept other epochs or learning rates.")] = False,
+    allow: Annotated[bool, typer.Option("--allow", help="Also accept other epochs, rates or precision.")] = False,
 ) -> None:
     """Go on from a run's newest good checkpoint, with any strategy and any number of processes."""
     config = run_folder / "config.yaml"

@@ -68,7 +68,10 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the job.")] = False,
     fresh: Fresh = False,
 ) -> None:
-    """Plan, show, write and submit a job that saves at its time limit, queues itself again and goes on."""
+    """Plan, show, write and submit a SLURM job that saves at its time limit, queues itself again and goes on.
+
+    With another --to it writes that tool's file and shows the commands; nothing is started.
+    """
     from dist_finetune.launchers.request import check_request
 
     request = check_request(

@@ -152,9 +152,8 @@ def test_nothing_keeps_the_cached_prefix(material: Material, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         found = read_json(tmp_path / f"found.json.{rank}")
-        assert {way: (found[way]["dropped"] > 10, found[way]["dropped_left"]) for way in ways} == {
-            way: (True, 0) for way in ways
-        }
+        assert all(found[way]["dropped"] > 10 for way in ways)
+        assert [way for way in ways if found[way]["dropped_left"]] == []
 
 
 def test_a_phase_that_freezes_less_fills_another_cache_or_has_none(pairs: dict[str, Run]) -> None:
