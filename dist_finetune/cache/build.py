@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 AGREEMENT = {"fp32": 1e-4, "tf32": 3e-3, "bf16": 3e-2}
 """Of logits, relative: a CNN differs by up to 3e-5 at another batch size. GPUs round to TF32 (5e-4) in convolutions."""
 PROBE_ROWS = 4
-WORTH_ROWS = 8
-"""Enough to tell how long a row takes on a CPU. A GPU would spend more on starting the pass: it gets a full one."""
 
 
 def cache_splits(
@@ -85,7 +83,7 @@ def cache_splits(
         fed = together(lambda: {**probe, "inputs": _fed(job, model, cut, probe)})
         _agreeing_tail(job, model, cut, whole, lambda: fed)()  # undone: the whole model fills
         if job.plan.spec.cache.mode == "auto" and not is_begun:
-            _require_worth(job, phase, model, cut, entry)
+            _require_worth(job, phase, model, cut, entry, probe)
         is_reused = fill_once(job, model, cut, entry)
     together(lambda: require_seen(entry.folder / META))
     cached = together(lambda: _open(job, cut, entry))
@@ -113,19 +111,23 @@ def _cut_on_device(job: Job, phase: PhasePlan, model: nn.Module, batch: dict[str
         raise NoCut("the whole model, which fills it, finds no room on a GPU") from None
 
 
-def _require_worth(job: Job, phase: PhasePlan, model: nn.Module, cut: Cut, entry: Entry) -> None:
-    """Says why the cache pays, from what the first rank measures. Raises NotWorth where it does not. Collective."""
+def _require_worth(job: Job, phase: PhasePlan, model: nn.Module, cut: Cut, entry: Entry, probe: Batch) -> None:
+    """Says why the cache pays, from what the first rank measures. Raises NotWorth where it does not. Collective.
+
+    `probe` is enough to tell how long a row takes on a CPU. A GPU would spend more on starting the pass: it gets a full
+    one, and another before, as the first of its size is slower.
+    """
     num_bytes, root = entry.num_bytes, entry.folder.parent
     passes = phase.num_steps / job.plan.batches.steps_per_epoch
     rows, device = job.splits["train"], job.world.device
-    num_rows = WORTH_ROWS if device.type == "cpu" else max(WORTH_ROWS, job.plan.batches.eval_batch_size)
+    on_cpu = device.type == "cpu"
 
     def measure() -> Worth:
-        batch = rows.first_batch(num_rows)
+        batch = probe if on_cpu else rows.first_batch(job.plan.batches.eval_batch_size)
         inputs = to_device(batch["inputs"], device)
         with autocast_of(job.plan)():  # as the training that is spared would run
-            if device.type != "cpu":
-                run_prefix(model, cut, inputs)  # once before: the first pass of a size is slower
+            if not on_cpu:
+                run_prefix(model, cut, inputs)
             started = settled_s(device)
             run_prefix(model, cut, inputs)
             row_s = (settled_s(device) - started) / len(batch["labels"])
