@@ -49,7 +49,7 @@ def fsdp_section(manifest: Manifest, world_size: int, frozen_layout: FrozenLayou
         "trainable_share": shares[False],
         "frozen_share": shares[True] + whole,
         "whole": whole,
-        "gathered": sum(largest) if world_size > 1 else 0,
+        "gathered": sum(largest),
         "sent": sum(r.num_elements for r in cut),
         "frozen_layout": frozen_layout,
         "offload": offload,

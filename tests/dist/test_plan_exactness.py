@@ -9,7 +9,7 @@ import torch
 from harness import REPOSITORY, Job, Matrix, read_json, run_ranks
 
 pytestmark = pytest.mark.dist
-COMPARED = ("ddp", "zero1", "zero2", "zero3")
+COMPARED = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 STATE = ("trainable_weights", "frozen_weights", "gradients", "optimizer", "masters", "buffers")
 
 
