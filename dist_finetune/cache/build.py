@@ -81,14 +81,15 @@ def cache_splits(
     whole = together(lambda: _logits(job, model, probe))
     if not is_reused:
         fed = together(lambda: {**probe, "inputs": _fed(job, model, cut, probe)})
-        _agreeing_tail(job, model, cut, whole, lambda: fed)()  # undone: the whole model fills
+        _agreeing_tail(job, model, cut, whole, fed)()  # undone: the whole model fills
         if job.plan.spec.cache.mode == "auto" and not is_begun:
             _require_worth(job, phase, model, cut, entry, probe)
         is_reused = fill_once(job, model, cut, entry)
     together(lambda: require_seen(entry.folder / META))
     cached = together(lambda: _open(job, cut, entry))
     on_first(job.world, lambda: touch(entry.folder))
-    _agreeing_tail(job, model, cut, whole, lambda: cached["train"].first_batch(PROBE_ROWS))
+    stored = together(lambda: cached["train"].first_batch(PROBE_ROWS))
+    _agreeing_tail(job, model, cut, whole, stored)
     what = "reused" if is_reused else f"built in {time.perf_counter() - started:.1f} s"
     where = f"the first token at {cut.at.path}" if cut.reads_first_only else cut.at.path
     told = f"{what}: {entry.num_bytes / 2**20:,.0f} MiB of {where}, {entry.folder}"
@@ -196,16 +197,13 @@ def _logits(job: Job, model: nn.Module, batch: Batch) -> torch.Tensor:
     return counted(logits, batch["labels"])[0]
 
 
-def _agreeing_tail(
-    job: Job, model: nn.Module, cut: Cut, whole: torch.Tensor, tail_batch: Callable[[], Batch]
-) -> Callable[[], None]:
-    """Makes the tail and returns what undoes it, once it has given the logits of the `whole` model for the first rows.
-    Raises NoCut, with the model as it was, where they differ. Collective."""
+def _agreeing_tail(job: Job, model: nn.Module, cut: Cut, whole: torch.Tensor, batch: Batch) -> Callable[[], None]:
+    """Makes the tail and returns what undoes it, once it has given, for a batch of its own inputs, the logits of the
+    `whole` model. Raises NoCut, with the model as it was, where they differ. Collective."""
     device, precision = job.world.device, job.plan.precision
     undo: list[Callable[[], None]] = []
 
     def compare() -> None:
-        batch = tail_batch()
         undo.append(make_tail(model, cut))
         try:
             tail = _logits(job, model, batch)
