@@ -27,6 +27,7 @@ from dist_finetune.memory.demand import Way
 from dist_finetune.memory.state import FP32_BYTES
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.dropout import has_dropout
+from dist_finetune.models.first_token import compute_first_token_only
 from dist_finetune.models.image_size import refuse_image_size
 from dist_finetune.models.on_meta import on_meta
 from dist_finetune.models.order import structure_for
@@ -75,6 +76,8 @@ class Plan:
     """The config of each phase's engine; None for a strategy without DeepSpeed."""
     cache: tuple[CacheDecision, ...]
     """Of each phase."""
+    first_token_only: bool
+    """True where the last block computes no other token, as the head reads no other."""
 
     @property
     def memory(self) -> dict[Strategy, RankMemory]:
@@ -221,6 +224,7 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
     refuse_impossible(spec, topology, precision, structure, phases)
     if spec.task != "features":  # in which nothing is in training mode
         refuse_layer_drop(spec, model, topology.world_size, phases)
+    first_token_only = spec.train.skip_unread and compute_first_token_only(model)
     strategies = possible_strategies(spec, STRATEGIES, phases)
     limits = Limits(topology.world_size, topology.device, topology.device_memory_bytes, share)
     costs = plan_costs(
@@ -260,7 +264,20 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
         decide_cache(spec, phase.manifest, structure, phase.num_steps / batches.steps_per_epoch) for phase in phases
     )
     return Plan(
-        spec, topology, card, data, structure, phases, batches, precision, strategy, reason, costs, deepspeed, cache
+        spec=spec,
+        topology=topology,
+        card=card,
+        data=data,
+        structure=structure,
+        phases=phases,
+        batches=batches,
+        precision=precision,
+        strategy=strategy,
+        strategy_reason=reason,
+        costs=costs,
+        deepspeed=deepspeed,
+        cache=cache,
+        first_token_only=first_token_only,
     )
 
 

@@ -40,6 +40,7 @@ def plan_lines(plan: Plan) -> str:
             *(_phase_line(plan, phase) for phase in plan.phases),
             f"batch     {batches.global_batch_size} = {total_batch}; the last of an epoch {batches.last_batch_size}",
             f"steps     {plan.total_steps} ({batches.steps_per_epoch} an epoch)",
+            *_first_token_line(plan),
             _precision_line(plan),
             f"strategy  {plan.strategy}: {plan.strategy_reason}",
             *_frozen_line(plan),
@@ -73,6 +74,10 @@ def _input_lines(plan: Plan) -> list[str]:
         f"model     {plan.card.name}, {data.modality}, {outputs_in_words(data.task, data.classes)}",
         f"data      {rows} rows, {size}",
     ]
+
+
+def _first_token_line(plan: Plan) -> list[str]:
+    return ["head      reads the first token alone: the last block computes no other"] if plan.first_token_only else []
 
 
 def _precision_line(plan: Plan) -> str:

@@ -25,7 +25,7 @@ RunState = Literal["new", "unfinished", "finished"]
 LAYOUT_KEYS = (
     "shard.", "launch.", "track.", "checkpoint.", "output", "name", "data.num_workers", "cache.mode", "cache.folder",
     "cache.quota", "train.micro_batch_size", "train.eval_batch_size", "train.gradient_checkpointing", "train.compile",
-    "train.log_every",
+    "train.skip_unread", "train.log_every",
 )  # fmt: skip
 ALLOWED_KEYS = (
     "train.epochs", "train.max_steps", "train.lr", "train.head_lr", "train.pattern_lr", "train.schedule",

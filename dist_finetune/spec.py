@@ -189,6 +189,8 @@ class TrainSpec(Section):
     """auto: bf16 on GPUs that have it, else fp32. Weights, optimizer state and norms are fp32 at every precision."""
     gradient_checkpointing: bool = False
     """Recompute the blocks above the first trainable one in the backward pass instead of keeping their activations."""
+    skip_unread: bool = True
+    """Where a head reads the first token alone, as that of BERT does, compute no other in the last block."""
     compile: bool = False
     """Compile each block with torch.compile; the first steps take longer."""
     max_skipped: Annotated[int, Field(ge=0)] = 0

@@ -24,6 +24,7 @@ from dist_finetune.gradients import require_gradients
 from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.load_once import change_once_a_node, load_once_a_node
 from dist_finetune.models.card import Provenance
+from dist_finetune.models.first_token import compute_first_token_only
 from dist_finetune.models.load import load_model
 from dist_finetune.models.sources import build_model
 from dist_finetune.optim import build_optimizer
@@ -87,6 +88,8 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
             work = replace(work, cache=f"none: {reason}")
     cache_s = time.perf_counter() - started_s
     phase, splits = work.phase, work.splits
+    if job.plan.first_token_only:
+        compute_first_token_only(model)
     rounded = _rounded(job, phase, model)
     optimizer = build_optimizer(model, phase.groups)
     engine = shard(model, optimizer, job.plan, phase, accelerator, job.world, work.is_whole)

@@ -26,6 +26,7 @@ from dist_finetune.topology import Topology, least_of
 from dist_finetune.world import join_world
 
 MIB = 2**20
+WHOLE = {"global_batch_size": 64, "skip_unread": False}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def peaks_mib(plan: Plan) -> dict[str, float]:
 
 def test_what_is_frozen_shows_in_every_kind_of_bytes(folder):
     half, everything = (
-        make_plan(spec_of(folder, freeze=f)) for f in ({"embeddings": True, "layers": "first 6"}, "none")
+        make_plan(spec_of(folder, freeze=f, train=WHOLE)) for f in ({"embeddings": True, "layers": "first 6"}, "none")
     )
     for strategy, memory in half.memory.items():
         other = everything.memory[strategy]
@@ -79,6 +80,21 @@ def test_what_is_frozen_shows_in_every_kind_of_bytes(folder):
     assert half.costs.forecast.frozen_prefix_share == pytest.approx(0.75, abs=0.01)
     assert everything.costs.forecast.speedup == 1.0
     assert half.costs.forecast.speedup == pytest.approx(3 / 1.5, rel=0.03)
+
+
+def test_what_no_head_reads_costs_nothing(folder):
+    """Of the last block little more than keys and values: here it is one of two that train, below them six of eight."""
+    first, whole = (make_plan(spec_of(folder, train={**WHOLE, "skip_unread": skip})) for skip in (True, False))
+    assert (first.first_token_only, whole.first_token_only) == (True, False)
+    above = 1 - whole.costs.forecast.frozen_prefix_share  # two blocks of eight
+    left = above / 2 * (1 + 1 / 6)
+    share = 1 - left / (left + 1 - above)
+    assert first.costs.forecast.frozen_prefix_share == pytest.approx(share, abs=0.01)
+    for strategy, memory in first.memory.items():
+        assert memory.activations < 0.7 * whole.memory[strategy].activations
+        assert memory.state == whole.memory[strategy].state
+    assert "the last block computes no other" in plan_lines(first)
+    assert "the last block computes no other" not in plan_lines(whole)
 
 
 def test_sharding_more_holds_less(folder):
@@ -179,7 +195,7 @@ def test_a_run_takes_the_micro_batch_that_ran_when_it_was_tried(folder, monkeypa
     """And the strategy that it was tried with, where the plan of so few rows alone takes one that holds more."""
     spec = spec_of(folder, freeze="none")
     tables = read_tables(spec.data, 0)
-    plan, tried = plan_run(spec, gpus(4, 60), tables), []
+    plan, tried = plan_run(spec, gpus(4, 56), tables), []
     with join_world(LaunchSpec()) as world:
         for rows in (8, 4):
             monkeypatch.setattr("dist_finetune.run.tried_micro_batch", lambda plan, world, rows=rows: (rows, None))
@@ -233,7 +249,7 @@ def test_a_plan_is_for_the_gpus_that_a_run_would_take(folder, capsys, monkeypatc
 
 
 def test_a_strategy_that_does_not_fit_ends_with_code_1_and_a_way_out(folder, capsys):
-    arguments = ["plan", str(folder / "plan.yaml"), "--gpus-per-node", "8", "--gpu-memory", "20MiB"]
+    arguments = ["plan", str(folder / "plan.yaml"), "--gpus-per-node", "8", "--gpu-memory", "17MiB"]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "shard.strategy=ddp", "train.micro_batch_size=8"])
     assert ended.value.code == 1
