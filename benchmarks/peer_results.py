@@ -28,8 +28,9 @@ class Result:
     fill_s: float = 0.0
     """Filling the cache with the training rows; a part of `train_s`."""
     tail_s: float | None = None
-    """What the arithmetic above the cached part takes alone: three times its share of a forward pass for each row and
-    epoch, at the speed of the pass that filled the cache. None without a cache."""
+    """What the arithmetic above the cached part takes alone: three times its share of a forward pass over all tokens,
+    for each row and epoch, at the speed of the pass that filled the cache. None without a cache. A run may stay below
+    it: the last block of a BERT computes the first token alone."""
     proof_s: float = 0.0
     """Finding the cut and proving it, before and after the cache is filled; a part of `train_s`."""
     wait_s: float = 0.0
@@ -96,7 +97,7 @@ def show(results: Sequence[Result], goals: Mapping[str, Mapping[str, float]], pe
     print("accuracy: mean over seeds; the others: median; ratio: theirs to ours, above 1 where ours is faster;")
     if any(result.program == "timm loop" for result in results):
         print("timm loop: its program has one fixed seed, so that its runs differ in time alone, not in accuracy;")
-    print("limit: what the arithmetic alone takes, one pass through the frozen prefix and three times the rest a step")
+    print("limit: what the arithmetic of all tokens takes: the frozen prefix once, and three times the rest a step")
     if peak_flops:
         print(f"MFU: of {peak_flops:.3g} operations a second, as matrix products get them, those of training and cache")
     for line in dict.fromkeys(spent(result) for result in results if result.program in (OURS, ALONE)):

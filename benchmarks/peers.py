@@ -105,18 +105,20 @@ def run_ours(
     started = time.perf_counter()
     forecast = make_plan(load_spec(path, [])).costs.forecast
     plan_s = time.perf_counter() - started
+    whole = make_plan(load_spec(path, ["train.skip_unread=false"])).costs.forecast
     assert forecast is not None
+    assert whole is not None
     num_samples = rows[-1]["progress/samples"]
     frozen_flops = flops = num_samples * forecast.frozen_flops
     for seconds in fill_seconds(cache):
-        share = forecast.frozen_prefix_share  # of the operations of a forward pass, as the plan counts them
+        share = whole.frozen_prefix_share  # of the operations of a forward pass, as the plan counts them
         tail_s = epochs * seconds["train"] * 3 * (1 - share) / share
         flops = num_samples * forecast.cached_flops
         if summary["cache_s"] > sum(seconds.values()):  # else it was there already: a later run of a sweep
             train_s -= seconds["validation"]
             fill_s = seconds["train"]
             proof_s -= sum(seconds.values())
-            flops += num_samples / epochs * share * forecast.forward_flops
+            flops += num_samples / epochs * forecast.frozen_prefix_share * forecast.forward_flops
     return Result(
         name,
         OURS if processes == given.processes else ALONE,

@@ -222,9 +222,10 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
     phases = plan_phases(spec, structure, model, steps_per_epoch(spec, data.num_rows["train"]), card.default_lr)
     precision = _plan_precision(spec, topology)
     refuse_impossible(spec, topology, precision, structure, phases)
-    if spec.task != "features":  # in which nothing is in training mode
+    trains = spec.task != "features"  # in which nothing is in training mode, and every token is read
+    if trains:
         refuse_layer_drop(spec, model, topology.world_size, phases)
-    first_token_only = spec.train.skip_unread and compute_first_token_only(model)
+    first_token_only = trains and spec.train.skip_unread and compute_first_token_only(model)
     strategies = possible_strategies(spec, STRATEGIES, phases)
     limits = Limits(topology.world_size, topology.device, topology.device_memory_bytes, share)
     costs = plan_costs(
@@ -248,7 +249,7 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
     )
     strategy, reason = choose_strategy(spec.shard.strategy, costs.memory, limits)
     batches = plan_batches(spec, data, limits, costs.memory[strategy])
-    if spec.task != "features":  # which trains nothing, in batches of its own
+    if trains:
         refuse_one_value_a_channel(
             model,
             fake_inputs(card, data.max_length, data.image_size),

@@ -37,16 +37,14 @@ def compute_first_token_only(model: nn.Module) -> bool:
     inner, output = attention.get_submodule("self"), attention.get_submodule("output")
     name = type(inner).__name__.replace("SelfAttention", "CrossAttention")
     cross_attention = getattr(sys.modules[type(inner).__module__], name, None)
-    was_training = attention.training
+    modes = {module: module.training for module in attention.modules()}
     attention.eval()
     whole = _attend(attention)
     inner.forward = partial(_from_first_token, cross_attention, inner)
     residual = output.register_forward_pre_hook(_first_residual)
-    try:
-        agrees = _agree(whole[:, :1], _attend(attention))
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # another version's cross attention, or none
-        agrees = False
-    attention.train(was_training)
+    agrees = _agree(whole, _attend(attention))
+    for module, is_training in modes.items():
+        module.training = is_training
     if not agrees:
         residual.remove()
         del inner.forward
@@ -85,16 +83,21 @@ def _first_residual(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
     return attended, hidden[:, :1]
 
 
-def _attend(attention: nn.Module) -> Tensor:
-    """What an attention gives for a few tokens, (1, T, H), or (1, 1, H) for the first alone."""
+def _attend(attention: nn.Module) -> Tensor | None:
+    """What an attention gives for a few tokens, (1, T, H), or (1, 1, H) for the first alone; None where it can't."""
     weight: Tensor = attention.get_submodule("self.query").weight  # type: ignore[assignment]
     tokens = torch.arange(PROBE_TOKENS * weight.shape[1], dtype=weight.dtype, device=weight.device).sin()
-    with torch.no_grad():
-        attended: Tensor = attention(tokens.view(1, PROBE_TOKENS, -1))[0]
+    try:
+        with torch.no_grad():
+            attended: Tensor = attention(tokens.view(1, PROBE_TOKENS, -1))[0]
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # of another version: other arguments, or it is gone
+        return None
     return attended
 
 
-def _agree(expected: Tensor, found: Tensor) -> bool:
-    if expected.shape != found.shape:
+def _agree(whole: Tensor | None, found: Tensor | None) -> bool:
+    """Whether `found` (1, 1, H) is the first token of `whole` (1, T, H). On the meta device only shapes can tell."""
+    if whole is None or found is None or found.shape != whole[:, :1].shape:
         return False
-    return expected.is_meta or torch.allclose(expected, found, rtol=0, atol=AGREEMENT * expected.abs().max().item())
+    expected = whole[:, :1]
+    return whole.is_meta or torch.allclose(found, expected, rtol=0, atol=AGREEMENT * expected.abs().max().item())
