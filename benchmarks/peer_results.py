@@ -39,7 +39,7 @@ class Result:
     flops: float = 0.0
     """Floating point operations of the training and of filling the cache, as the plan counts them."""
     frozen_flops: float = 0.0
-    """The same without a cache."""
+    """The same without a cache, of all tokens: what peers compute."""
 
     @property
     def limit_s(self) -> float | None:

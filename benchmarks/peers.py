@@ -109,7 +109,7 @@ def run_ours(
     assert forecast is not None
     assert whole is not None
     num_samples = rows[-1]["progress/samples"]
-    frozen_flops = flops = num_samples * forecast.frozen_flops
+    flops = num_samples * forecast.frozen_flops
     for seconds in fill_seconds(cache):
         share = whole.frozen_prefix_share  # of the operations of a forward pass, as the plan counts them
         tail_s = epochs * seconds["train"] * 3 * (1 - share) / share
@@ -118,7 +118,7 @@ def run_ours(
             train_s -= seconds["validation"]
             fill_s = seconds["train"]
             proof_s -= sum(seconds.values())
-            flops += num_samples / epochs * forecast.frozen_prefix_share * forecast.forward_flops
+            flops += num_samples / epochs * share * whole.forward_flops
     return Result(
         name,
         OURS if processes == given.processes else ALONE,
@@ -135,7 +135,7 @@ def run_ours(
         sum(row["perf/data_wait_s"] for row in rows),
         plan_s,
         flops,
-        frozen_flops,
+        num_samples * whole.frozen_flops,
     )
 
 

@@ -131,7 +131,6 @@ def run_case(spec: Any, world: Any, tables: Any) -> tuple[dict[str, int], dict[s
     from dist_finetune.freeze import apply_freeze, train_mode
     from dist_finetune.memory.activations import Alive
     from dist_finetune.memory.held import held_bytes
-    from dist_finetune.models.first_token import compute_first_token_only
     from dist_finetune.optim import build_optimizer
     from dist_finetune.plan import plan_run
     from dist_finetune.report import Reporter
@@ -148,8 +147,6 @@ def run_case(spec: Any, world: Any, tables: Any) -> tuple[dict[str, int], dict[s
     accelerator = open_accelerator(plan, phase, world)
     model, _ = load_base(plan, world, Reporter(is_first=False))
     apply_freeze(model, phase.manifest)
-    if plan.first_token_only:
-        compute_first_token_only(model)
     batch, labels = real_batch(plan)
     train_mode(model, phase.manifest)
     saved = saved_bytes(model, batch, plan.precision == "bf16")

@@ -27,12 +27,12 @@ from dist_finetune.memory.demand import Way
 from dist_finetune.memory.state import FP32_BYTES
 from dist_finetune.models.card import ModelCard
 from dist_finetune.models.dropout import has_dropout
-from dist_finetune.models.first_token import compute_first_token_only
 from dist_finetune.models.image_size import refuse_image_size
 from dist_finetune.models.on_meta import on_meta
 from dist_finetune.models.order import structure_for
 from dist_finetune.models.sources import build_model, describe_model, for_task
 from dist_finetune.models.structure import Part, Structure
+from dist_finetune.models.unread import can_skip_unread, skip_unread
 from dist_finetune.one_row import refuse_one_value_a_channel
 from dist_finetune.phases import PhasePlan, plan_phases
 from dist_finetune.spec import FreezeSpec, Spec, Strategy
@@ -76,8 +76,8 @@ class Plan:
     """The config of each phase's engine; None for a strategy without DeepSpeed."""
     cache: tuple[CacheDecision, ...]
     """Of each phase."""
-    first_token_only: bool
-    """True where the last block computes no other token, as the head reads no other."""
+    skips_unread: bool
+    """True where the last block computes the first token alone, as the head reads no other."""
 
     @property
     def memory(self) -> dict[Strategy, RankMemory]:
@@ -225,7 +225,9 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
     trains = spec.task != "features"  # in which nothing is in training mode, and every token is read
     if trains:
         refuse_layer_drop(spec, model, topology.world_size, phases)
-    first_token_only = trains and spec.train.skip_unread and compute_first_token_only(model)
+    skips_unread = trains and spec.train.skip_unread and can_skip_unread(model)
+    if skips_unread:
+        skip_unread(model)
     strategies = possible_strategies(spec, STRATEGIES, phases)
     limits = Limits(topology.world_size, topology.device, topology.device_memory_bytes, share)
     costs = plan_costs(
@@ -278,7 +280,7 @@ def plan_run(spec: Spec, topology: Topology, tables: Tables, measure: bool | Non
         costs=costs,
         deepspeed=deepspeed,
         cache=cache,
-        first_token_only=first_token_only,
+        skips_unread=skips_unread,
     )
 
 

@@ -40,7 +40,7 @@ def plan_lines(plan: Plan) -> str:
             *(_phase_line(plan, phase) for phase in plan.phases),
             f"batch     {batches.global_batch_size} = {total_batch}; the last of an epoch {batches.last_batch_size}",
             f"steps     {plan.total_steps} ({batches.steps_per_epoch} an epoch)",
-            *_first_token_line(plan),
+            *_unread_line(plan),
             _precision_line(plan),
             f"strategy  {plan.strategy}: {plan.strategy_reason}",
             *_frozen_line(plan),
@@ -76,8 +76,10 @@ def _input_lines(plan: Plan) -> list[str]:
     ]
 
 
-def _first_token_line(plan: Plan) -> list[str]:
-    return ["head      reads the first token alone: the last block computes no other"] if plan.first_token_only else []
+def _unread_line(plan: Plan) -> list[str]:
+    return (
+        ["head      reads the first token alone: the last block computes no other token"] if plan.skips_unread else []
+    )
 
 
 def _precision_line(plan: Plan) -> str:

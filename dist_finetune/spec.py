@@ -190,7 +190,7 @@ class TrainSpec(Section):
     gradient_checkpointing: bool = False
     """Recompute the blocks above the first trainable one in the backward pass instead of keeping their activations."""
     skip_unread: bool = True
-    """Where a head reads the first token alone, as that of BERT does, compute no other in the last block."""
+    """Where a head reads the first token alone, as that of BERT does, compute no other token in the last block."""
     compile: bool = False
     """Compile each block with torch.compile; the first steps take longer."""
     max_skipped: Annotated[int, Field(ge=0)] = 0

@@ -24,9 +24,9 @@ from dist_finetune.gradients import require_gradients
 from dist_finetune.job import Job, Progress, Stage
 from dist_finetune.load_once import change_once_a_node, load_once_a_node
 from dist_finetune.models.card import Provenance
-from dist_finetune.models.first_token import compute_first_token_only
 from dist_finetune.models.load import load_model
 from dist_finetune.models.sources import build_model
+from dist_finetune.models.unread import skip_unread
 from dist_finetune.optim import build_optimizer
 from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
@@ -49,7 +49,8 @@ class _Work:
 
 
 def load_base(plan: Plan, world: World, report: Reporter) -> tuple[nn.Module, Provenance]:
-    """The model with its base weights, whole, on the CPU of every rank, its memory shared within a node. Collective."""
+    """The plan's model with its base weights, whole, on the CPU of every rank, its memory shared within a node.
+    Collective."""
     model, classes = plan.spec.model, plan.data.classes
     module, provenance, problem = load_once_a_node(
         lambda: load_model(plan.card, model, classes, plan.spec.train.seed),
@@ -58,6 +59,8 @@ def load_base(plan: Plan, world: World, report: Reporter) -> tuple[nn.Module, Pr
     )
     if problem:
         report.notes([f"each process holds a whole model in host memory at load: {problem}"])
+    if plan.skips_unread:
+        skip_unread(module)
     return module, provenance
 
 
@@ -88,8 +91,6 @@ def open_stage(job: Job, phase: PhasePlan, checkpoint: Checkpoint | None, model:
             work = replace(work, cache=f"none: {reason}")
     cache_s = time.perf_counter() - started_s
     phase, splits = work.phase, work.splits
-    if job.plan.first_token_only:
-        compute_first_token_only(model)
     rounded = _rounded(job, phase, model)
     optimizer = build_optimizer(model, phase.groups)
     engine = shard(model, optimizer, job.plan, phase, accelerator, job.world, work.is_whole)

@@ -15,9 +15,9 @@ from dist_finetune.evaluate import to_device
 from dist_finetune.freeze import apply_freeze, train_mode
 from dist_finetune.memory.activations import drop_gradient, fake_inputs
 from dist_finetune.memory.demand import demanding
-from dist_finetune.models.first_token import compute_first_token_only
 from dist_finetune.models.on_meta import on_meta
 from dist_finetune.models.sources import build_model, forward_logits
+from dist_finetune.models.unread import skip_unread
 from dist_finetune.no_memory import is_lack_of_memory
 from dist_finetune.phases import PhasePlan
 from dist_finetune.plan import Plan
@@ -114,8 +114,8 @@ def _empty_model(plan: Plan, device: torch.device) -> nn.Module:
     """The model with zeros for weights; zeros are valid positions and indices, too, where buffers hold such."""
     with on_meta():
         model = build_model(plan.card, plan.spec.model, plan.data.classes)
-    if plan.first_token_only:
-        compute_first_token_only(model)
+    if plan.skips_unread:
+        skip_unread(model)
     model.to_empty(device=device)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):

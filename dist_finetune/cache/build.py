@@ -170,11 +170,16 @@ def _rows(job: Job, cut: Cut, folder: Path, name: str, layout: Layout) -> Rows:
 
 def _reads_first_only(job: Job, model: nn.Module, cut: Cut, batch: dict[str, Any]) -> bool:
     rows, inputs = job.splits["train"], to_device(batch["inputs"], job.world.device)
-    if not isinstance(inputs, dict) or not has_length(rows, cut) or pads_left(rows):
+    if not isinstance(inputs, dict) or not has_length(rows, cut):
         return False
+    is_one = cut.at.shape[1] == 1  # the last block computes no other
+    if is_one and pads_left(rows):
+        raise NoCut("texts are padded on the left, and the head reads what stands there")
+    if is_one or pads_left(rows):
+        return is_one
     activation = prefix_of(job, model, cut, batch)
     with bf16_of(job.plan):
-        return activation.shape[1] > 1 and reads_first_only(model, cut, {**inputs, ACTIVATION: activation})
+        return reads_first_only(model, cut, {**inputs, ACTIVATION: activation})
 
 
 def _fed(job: Job, model: nn.Module, cut: Cut, batch: dict[str, Any]) -> Inputs:

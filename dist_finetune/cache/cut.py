@@ -215,6 +215,8 @@ class _Skip(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         batch = self._channel.batch[: len(self._stand_in.shape) - 1]
+        if self._stand_in.shape[1:2] == (1,):  # of every text one position
+            batch = batch[:1]
         zeros = self._channel.zeros((*batch, *self._stand_in.shape[len(batch) :]))
         return (zeros,) if self._stand_in.returns_tuple else zeros
 

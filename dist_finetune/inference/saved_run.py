@@ -23,6 +23,7 @@ from dist_finetune.models.export import load_exported
 from dist_finetune.models.order import structure_for
 from dist_finetune.models.saved import image_of
 from dist_finetune.models.sources import forward_logits, load_tokenizer
+from dist_finetune.models.unread import skip_unread
 from dist_finetune.no_memory import lack_of_memory_told
 from dist_finetune.plan import DataPlan
 from dist_finetune.run_folder import read_summary, resume_command
@@ -93,6 +94,8 @@ def open_run(folder: Path) -> SavedRun:
     spec = load_spec(folder / "config.yaml")
     plan = _read_plan(folder)
     module, card, classes = load_exported(model_folder, spec.model.trust_remote_code)
+    if plan.get("skips_unread"):
+        skip_unread(module)
     best = read_best(folder)
     data = _data_plan(plan["data"])
     if (card.task, classes) != (data.task, data.classes):

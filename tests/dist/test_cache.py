@@ -54,6 +54,9 @@ def pairs(material: Material, runs: RunJobs, shared_cache: Path) -> dict[str, Ru
     ]
     all_blocks = material.text(freeze={"embeddings": True, "layers": "all"}, shard={"strategy": "ddp"})
     jobs += [Job(f"first-{mode}", {**all_blocks, "cache": mode}) for mode in ("off", "on")]
+    inside = {"embeddings": True, "layers": "0-1", "patterns": ["bert.encoder.layer.2.attention.*"]}
+    for name, changes in {"off": {"cache": "off", "train": {"skip_unread": False}}, "on": {"cache": "on"}}.items():
+        jobs.append(Job(f"inside-{name}", material.text(freeze=inside, shard={"strategy": "zero2"}, **changes)))
     jobs.append(Job("first-dropout", with_dropout(material, shared_cache, 4)))
     jobs += [Job(f"moving-{mode}", {**material.image(**MOVING), "cache": mode}) for mode in ("off", "on")]
     jobs += [Job(f"beside-{name}", {**material.text(**more), "cache": "on"}) for name, more in BESIDE.items()]
@@ -180,6 +183,15 @@ def test_of_a_head_on_the_first_token_no_other_is_stored(pairs: dict[str, Run]) 
     assert cached.series("train/loss") == pytest.approx(plain.series("train/loss"), rel=1e-6)
     assert cached.series("eval/accuracy") == plain.series("eval/accuracy")
     assert stored_bytes(cached) == (NUM_TRAIN + NUM_VALIDATION) * 32 * 4, "rows of 32 fp32 numbers"
+
+
+def test_a_cut_within_the_last_block_stores_the_first_token_and_trains_as_one_that_computes_all(
+    pairs: dict[str, Run],
+) -> None:
+    plain, cached = pairs["inside-off"], pairs["inside-on"]
+    assert "of the first token at bert.encoder.layer.2.attention.output" in log_of(cached)
+    assert cached.series("train/loss") == pytest.approx(plain.series("train/loss"), rel=1e-6)
+    assert cached.series("eval/accuracy") == plain.series("eval/accuracy")
 
 
 def test_a_head_trains_in_whole_steps_that_are_those_of_one_process(

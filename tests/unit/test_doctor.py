@@ -474,7 +474,7 @@ def test_hours_and_price_follow_from_the_operations(planned: Plan) -> None:
 def test_a_cached_prefix_is_paid_for_once(planning: MakePlan) -> None:
     """10 passes over 80 % of the rows, each with an evaluation of the rest."""
     prices = {"gpu": GpuPrice(per_hour=1, tflops=0.001, efficiency=1)}
-    head = {"freeze": "backbone", "train": {"epochs": 10}}
+    head = {"freeze": "backbone", "train": {"epochs": 10, "skip_unread": False}}  # features are of all tokens
     (off,), (on,), (features,) = (
         run_costs(planning(**changes), prices)
         for changes in ({**head, "cache": "off"}, {**head, "cache": "on"}, {"task": "features"})

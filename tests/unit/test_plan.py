@@ -85,7 +85,7 @@ def test_what_is_frozen_shows_in_every_kind_of_bytes(folder):
 def test_what_no_head_reads_costs_nothing(folder):
     """Of the last block little more than keys and values: here it is one of two that train, below them six of eight."""
     first, whole = (make_plan(spec_of(folder, train={**WHOLE, "skip_unread": skip})) for skip in (True, False))
-    assert (first.first_token_only, whole.first_token_only) == (True, False)
+    assert (first.skips_unread, whole.skips_unread) == (True, False)
     above = 1 - whole.costs.forecast.frozen_prefix_share  # two blocks of eight
     left = above / 2 * (1 + 1 / 6)
     share = 1 - left / (left + 1 - above)
@@ -93,8 +93,8 @@ def test_what_no_head_reads_costs_nothing(folder):
     for strategy, memory in first.memory.items():
         assert memory.activations < 0.7 * whole.memory[strategy].activations
         assert memory.state == whole.memory[strategy].state
-    assert "the last block computes no other" in plan_lines(first)
-    assert "the last block computes no other" not in plan_lines(whole)
+    assert "the last block computes no other token" in plan_lines(first)
+    assert "the last block computes no other token" not in plan_lines(whole)
 
 
 def test_sharding_more_holds_less(folder):
