@@ -111,14 +111,15 @@ def run_ours(
     num_samples = rows[-1]["progress/samples"]
     flops = num_samples * forecast.frozen_flops
     for seconds in fill_seconds(cache):
-        share = whole.frozen_prefix_share  # of the operations of a forward pass, as the plan counts them
-        tail_s = epochs * seconds["train"] * 3 * (1 - share) / share
+        prefix = forecast.frozen_prefix_share * forecast.forward_flops  # what filling took, as the plan counts it
+        tail = 3 * (1 - whole.frozen_prefix_share) * whole.forward_flops
+        tail_s = epochs * seconds["train"] * tail / prefix
         flops = num_samples * forecast.cached_flops
         if summary["cache_s"] > sum(seconds.values()):  # else it was there already: a later run of a sweep
             train_s -= seconds["validation"]
             fill_s = seconds["train"]
             proof_s -= sum(seconds.values())
-            flops += num_samples / epochs * share * whole.forward_flops
+            flops += num_samples / epochs * prefix
     return Result(
         name,
         OURS if processes == given.processes else ALONE,

@@ -77,9 +77,9 @@ def _input_lines(plan: Plan) -> list[str]:
 
 
 def _unread_line(plan: Plan) -> list[str]:
-    return (
-        ["head      reads the first token alone: the last block computes no other token"] if plan.skips_unread else []
-    )
+    if not plan.skips_unread:
+        return []
+    return ["head      reads the first token alone: the last block computes no other token"]
 
 
 def _precision_line(plan: Plan) -> str:

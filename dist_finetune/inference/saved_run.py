@@ -23,7 +23,7 @@ from dist_finetune.models.export import load_exported
 from dist_finetune.models.order import structure_for
 from dist_finetune.models.saved import image_of
 from dist_finetune.models.sources import forward_logits, load_tokenizer
-from dist_finetune.models.unread import skip_unread
+from dist_finetune.models.unread import can_skip_unread, skip_unread
 from dist_finetune.no_memory import lack_of_memory_told
 from dist_finetune.plan import DataPlan
 from dist_finetune.run_folder import read_summary, resume_command
@@ -94,7 +94,7 @@ def open_run(folder: Path) -> SavedRun:
     spec = load_spec(folder / "config.yaml")
     plan = _read_plan(folder)
     module, card, classes = load_exported(model_folder, spec.model.trust_remote_code)
-    if plan.get("skips_unread"):
+    if plan.get("skips_unread") and can_skip_unread(module):  # by the packages that are here now
         skip_unread(module)
     best = read_best(folder)
     data = _data_plan(plan["data"])

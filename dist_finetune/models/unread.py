@@ -34,12 +34,10 @@ def can_skip_unread(model: nn.Module) -> bool:
         return False
     probe = copy.deepcopy(block).to_empty(device="cpu").float().eval()
     width: int = probe.get_submodule("attention.self.query").in_features  # type: ignore[assignment]
-    noise = torch.empty(10_007).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for parameter in probe.parameters():
-            count = parameter.numel()
-            parameter.copy_(noise.repeat(count // len(noise) + 1)[:count].view_as(parameter)).div_(width**0.5)
-        tokens = noise.repeat(PROBE_TOKENS * width // len(noise) + 1)[: PROBE_TOKENS * width].view(1, -1, width)
+            parameter.copy_(_noise(parameter.numel()).view_as(parameter) / width**0.5)
+        tokens = _noise(PROBE_TOKENS * width).view(1, PROBE_TOKENS, width)
         try:
             whole = _output(probe(tokens))
             _skip_unread(probe)
@@ -91,6 +89,13 @@ def _first_residual(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
     """For what adds the block's input (B, T, H) to what attention gave (B, 1, H)."""
     attended, hidden = args
     return attended, hidden[:, :1]
+
+
+def _noise(count: int) -> Tensor:
+    """So many numbers, the same ones each time, that repeat only after more than a row of a matrix: for a large block
+    new ones would take a tenth of a second."""
+    some = torch.empty(10_007).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+    return some.repeat(count // len(some) + 1)[:count]
 
 
 def _output(output: Any) -> Tensor:
