@@ -16,29 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_finetune.models.weights import seeded
+
 FAMILIES = (
     "Bert", "Camembert", "Data2VecText", "Electra", "Ernie", "RoCBert", "Roberta", "RobertaPreLayerNorm", "XLMRoberta",
     "XLMRobertaXL",
 )  # fmt: skip
 """Those of transformers whose head, or the pooler before it, takes position 0 of the last block."""
-PROBE_TOKENS = 3
+PROBE_TOKENS, PROBE_WIDTH = 3, 8
 AGREEMENT = 1e-4
 """Relative; kernels may round differently for another number of queries."""
 
 
 def can_skip_unread(model: nn.Module) -> bool:
     """True where the head of a whole model, which may lie on the meta device, is known to read the first token alone,
-    and the last block gives the same for it when it computes no other, as numbers in the place of its weights show."""
+    and a block as its last one, but narrow, gives the same for it when it computes no other."""
     block = _last_block(model)
     if block is None:
         return False
-    probe = copy.deepcopy(block).to_empty(device="cpu").float().eval()
-    width: int = probe.get_submodule("attention.self.query").in_features  # type: ignore[assignment]
-    with torch.no_grad():
-        for parameter in probe.parameters():
-            parameter.copy_(_noise(parameter.numel()).view_as(parameter) / width**0.5)
-        tokens = _noise(PROBE_TOKENS * width).view(1, PROBE_TOKENS, width)
+    config: Any = copy.deepcopy(model.config)
+    config.hidden_size, config.intermediate_size = 2 * config.num_attention_heads, PROBE_WIDTH
+    with seeded(0), torch.device("cpu"), torch.no_grad():
         try:
+            probe = type(block)(config).eval()
+            tokens = torch.randn(1, PROBE_TOKENS, config.hidden_size)
             whole = _output(probe(tokens))
             _skip_unread(probe)
             first = _output(probe(tokens))
@@ -89,13 +90,6 @@ def _first_residual(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
     """For what adds the block's input (B, T, H) to what attention gave (B, 1, H)."""
     attended, hidden = args
     return attended, hidden[:, :1]
-
-
-def _noise(count: int) -> Tensor:
-    """So many numbers, the same ones each time, that repeat only after more than a row of a matrix: for a large block
-    new ones would take a tenth of a second."""
-    some = torch.empty(10_007).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
-    return some.repeat(count // len(some) + 1)[:count]
 
 
 def _output(output: Any) -> Tensor:
