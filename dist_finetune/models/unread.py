@@ -62,8 +62,8 @@ def _last_block(model: nn.Module) -> nn.Module | None:
     classifiers = {f"{family}ForSequenceClassification" for family in FAMILIES}
     if not kind.__module__.startswith("transformers.") or kind.__name__ not in classifiers:
         return None
-    blocks: Any = model.get_submodule(f"{kind.base_model_prefix}.encoder.layer")
-    if not len(blocks) or getattr(model.config, "is_decoder", False):
+    blocks: Any = dict(model.named_modules()).get(f"{kind.base_model_prefix}.encoder.layer")
+    if not blocks or getattr(model.config, "is_decoder", False):
         return None
     block: nn.Module = blocks[-1]
     return block

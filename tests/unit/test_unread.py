@@ -123,6 +123,13 @@ def test_a_class_of_the_same_name_from_elsewhere_computes_all_tokens() -> None:
     assert not can_skip_unread(model)
 
 
+def test_blocks_under_another_name_compute_all_tokens() -> None:
+    model = classifier("bert")
+    model.bert.encoder.layers = model.bert.encoder.layer
+    del model.bert.encoder.layer
+    assert not can_skip_unread(model)
+
+
 @pytest.mark.parametrize("changed", ["gone", "other arguments", "other numbers"])
 def test_the_cross_attention_of_another_version_is_not_trusted(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.bert import modeling_bert
