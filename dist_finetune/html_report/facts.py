@@ -104,6 +104,8 @@ def run_facts(record: RunRecord) -> list[Fact]:
         Fact("precision", f"{plan.get('precision')} on {topology.get('device')}"),
         Fact("strategy", str(plan.get("strategy")), note=str(plan.get("strategy_reason", ""))),
     ]
+    if plan.get("skips_unread"):
+        facts.append(Fact("head", "reads the first token alone", note="the last block computes no other"))
     phases = plan.get("phases", ())
     done = {phase["name"]: phase for phase in record.summary.get("phases", ())}
     for phase, decision in zip(phases, plan.get("cache", ()), strict=False):

@@ -136,6 +136,7 @@ def test_a_finished_run_has_its_page_with_the_numbers_of_its_files(run: Path) ->
     assert page.row("optimizer, MiB a rank")[1:3] == [f"{planned / 2**20:,.2f}", f"{actual / 2**20:,.2f}"]
     assert page.row("optimizer steps")[1:] == ["10", "10", "equal"]
     assert "finished" in page.texts
+    assert "reads the first token alone" in page.texts
 
 
 def test_frozen_counts_are_those_of_freeze_json(run: Path) -> None:
