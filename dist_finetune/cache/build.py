@@ -173,10 +173,12 @@ def _reads_first_only(job: Job, model: nn.Module, cut: Cut, batch: dict[str, Any
     if not isinstance(inputs, dict) or not has_length(rows, cut):
         return False
     is_one = cut.at.shape[1] == 1  # the last block computes no other
-    if is_one and pads_left(rows):
-        raise NoCut("texts are padded on the left, and the head reads what stands there")
-    if is_one or pads_left(rows):
-        return is_one
+    if pads_left(rows):
+        if is_one:
+            raise NoCut("texts are padded on the left, and the head reads what stands there")
+        return False
+    if is_one:
+        return True
     activation = prefix_of(job, model, cut, batch)
     with bf16_of(job.plan):
         return reads_first_only(model, cut, {**inputs, ACTIVATION: activation})

@@ -1,6 +1,8 @@
 """Training from stored activations: the same numbers as without, the export complete, the store shared by runs."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,8 @@ def pairs(material: Material, runs: RunJobs, shared_cache: Path) -> dict[str, Ru
     inside = {"embeddings": True, "layers": "0-1", "patterns": ["bert.encoder.layer.2.attention.*"]}
     for name, changes in {"off": {"cache": "off", "train": {"skip_unread": False}}, "on": {"cache": "on"}}.items():
         jobs.append(Job(f"inside-{name}", material.text(freeze=inside, shard={"strategy": "zero2"}, **changes)))
+    left = {**all_blocks["model"], "name": str(padding_left(material, shared_cache))}
+    jobs.append(Job("left", {**all_blocks, "model": left, "cache": "on"}))
     jobs.append(Job("first-dropout", with_dropout(material, shared_cache, 4)))
     jobs += [Job(f"moving-{mode}", {**material.image(**MOVING), "cache": mode}) for mode in ("off", "on")]
     jobs += [Job(f"beside-{name}", {**material.text(**more), "cache": "on"}) for name, more in BESIDE.items()]
@@ -73,6 +77,14 @@ def pairs(material: Material, runs: RunJobs, shared_cache: Path) -> dict[str, Ru
 
 def elsewhere(material: Material, cache: Path) -> dict[str, Any]:
     return {**material.text(), "cache": {"mode": "on", "folder": str(cache)}, "shard": {"strategy": "ddp"}}
+
+
+def padding_left(material: Material, folder: Path) -> Path:
+    """The model with a tokenizer that pads on the left."""
+    model = Path(shutil.copytree(material.bert, folder / "padding-left"))
+    config = model / "tokenizer_config.json"
+    config.write_text(json.dumps({**read_json(config), "padding_side": "left"}), encoding="utf-8")
+    return model
 
 
 def with_dropout(material: Material, cache: Path, micro: int) -> dict[str, Any]:
@@ -183,6 +195,11 @@ def test_of_a_head_on_the_first_token_no_other_is_stored(pairs: dict[str, Run]) 
     assert cached.series("train/loss") == pytest.approx(plain.series("train/loss"), rel=1e-6)
     assert cached.series("eval/accuracy") == plain.series("eval/accuracy")
     assert stored_bytes(cached) == (NUM_TRAIN + NUM_VALIDATION) * 32 * 4, "rows of 32 fp32 numbers"
+
+
+def test_of_texts_that_are_padded_on_the_left_no_first_token_is_stored(pairs: dict[str, Run]) -> None:
+    """What stands first depends on the other texts of a batch."""
+    assert "no cache: texts are padded on the left" in log_of(pairs["left"])
 
 
 def test_a_cut_within_the_last_block_stores_the_first_token_and_trains_as_one_that_computes_all(
